@@ -1,4 +1,4 @@
-"""What all tests share: the scripts, one run of each as a user runs it, and the speed of the machine."""
+"""One run of every script as a user runs it, shared by all tests, and what its main returns."""
 import contextlib
 import functools
 import importlib
@@ -7,14 +7,46 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("micro*.py"))
+from collection import ROOT, slowness
+
 sys.path.insert(0, str(ROOT))
-sys.dont_write_bytecode = True          # a script may not leave a file behind, nor may its tests
+sys.dont_write_bytecode = True          # importing a script may not leave a file beside it
+TIMEOUT = 300
+
+# A counterexample must be found again by whoever looks into it, and no database may be left behind.
+settings.register_profile("suite", deadline=None, database=None, derandomize=True)
+settings.load_profile("suite")
+
+
+def run_script(name, *arguments, flags=(), cwd=None, **environment):
+    """Run a script in a process of its own -> code, out, err, seconds."""
+    command = [sys.executable, *flags, str(ROOT / f"{name}.py"), *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1",
+                   **environment}
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+                          capture_output=True, timeout=TIMEOUT)
+    return SimpleNamespace(code=done.returncode, out=done.stdout.decode(), err=done.stderr.decode(),
+                           seconds=time.perf_counter() - start)
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """first_run(name): `python name.py` from an empty directory, run once; plus .slowness, .left."""
+    @functools.cache
+    def run(name):
+        directory = tmp_path_factory.mktemp(name)
+        before = slowness()
+        result = run_script(name, cwd=directory)
+        result.slowness = (before + slowness()) / 2
+        result.left = [path.name for path in directory.rglob("*")]
+        return result
+    return run
 
 
 @functools.cache
@@ -27,3 +59,13 @@ def _measured(name, seed):
 def measured():
     """measured(name, seed=42): the dict that the script's main returns, computed once."""
     return lambda name, seed=42: _measured(name, seed)
+
+
+def pytest_terminal_summary(terminalreporter):
+    missing = {report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])
+               if "could not import" in str(report.longrepr)}
+    if missing:
+        terminalreporter.section("ORACLES THAT DID NOT RUN", sep="!", red=True)
+        for reason in sorted(missing):
+            terminalreporter.line(reason)
+        terminalreporter.line("Install tests/requirements-oracles.txt to check against them.")
