@@ -4,7 +4,7 @@ A transformer writes one token at a time, and each new token attends to all the 
 naively, every step recomputes the whole prefix. But attention looks only backwards, so the keys and
 values of a position never change: keep them, and a step costs one position instead of all of them.
 The price is memory. Each step must read every weight and the whole cache to make a single token,
-and that reading, not the multiplying, sets the speed of every chatbot.
+and that reading, not the multiplying, sets the speed.
 
   Vaswani et al. 2017 (1706.03762) attention      Pope et al. 2022 (2211.05102) inference cost
   Kwon et al. 2023 (2309.06180) paged KV memory   Williams et al. 2009 the roofline model
@@ -141,6 +141,15 @@ def show_autograd(rng):
     check("backward() gives the slope of the function", abs(weight.grad - slope) < 1e-8)
 
 # 2. Data and model --------------------------------------------------------------------------------
+# A token is a number that stands for a letter. The model turns a token and its position in the text
+# into a vector of d_model numbers, and that vector, in two kinds of steps, into logits: a score for
+# every token of the vocabulary. softmax(logits) is the distribution of the next token.
+# Attention lets a position take something over from those before it. Three matrices make of its
+# vector a query (what it looks for), a key (what it is found by) and a value (what it has to give).
+# The dot products of its query with all keys so far become weights, by softmax, and the mean of
+# the values with these weights is added to its vector. n_heads such searches run side by side, each
+# on its slice of head_dim numbers. The other kind of step is a network of two layers, `up` and
+# `down`, that works on each position by itself. One step of each kind is a layer of the model.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
@@ -411,7 +420,7 @@ def show_prefill_and_decode(model, text, n=24):
         same = same and all(row == alone for row in logits)
     for title, costs in (f"prefill of {n}, chunks of", prefill), ("decode, a batch of", decode):
         table([title, "FLOP", "weight bytes", "cache bytes", "FLOP per byte"],
-              *([f"{n}", *cost, f"{cost[0] / sum(cost[1:]):.2f}"] for n, cost in costs.items()))
+              *([str(k), *cost, f"{cost[0] / sum(cost[1:]):.2f}"] for k, cost in costs.items()))
         print()
     matrices = [m for name, m in model.weights.items() if name not in ("token", "position")]
     weight_bytes = 2 * sum(len(m) * len(m[0]) for m in matrices)

@@ -24,7 +24,7 @@ def test_has_the_blocks_that_every_script_has(name):
     assert set(blocks(name)) == expected
 
 
-@pytest.mark.parametrize("one, other", combinations(SCRIPTS, 2))
+@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)))
 def test_shared_blocks_are_the_same(one, other):
     for block in blocks(one).keys() & blocks(other).keys():
         assert blocks(one)[block] == blocks(other)[block], f"block {block}: {one} and {other} differ"
