@@ -488,7 +488,7 @@ def show_real_world(n_devices=8):
     _, d_model, n_heads, seq_len = MODELS["GPT-3 175B"]
     extra, ratio = extra_flops(seq_len, d_model, "selective"), 5 * n_heads * seq_len / d_model
     print(f"  GPT-3: 5as/h is {ratio:.0f}, as in the paper. Its 2.7 % of extra FLOPs for selective "
-          f"are {0.027 / extra:.1f} times\n  the core's forward pass, {extra:.2%}, which is counted here.")
+          f"are {0.027 / extra:.1f} times\n  the core's forward pass, {extra:.2%}, counted here.")
     return results
 
 # Report -------------------------------------------------------------------------------------------

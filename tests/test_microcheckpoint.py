@@ -25,6 +25,22 @@ def test_every_strategy_gives_the_same_bits(seed, n_layers, d_model, strategy, d
     assert results[0] == results[1] and after[0] == after[1]
 
 
+def test_dropout_keeps_the_mean():
+    network = cp.random_network(3, 4, random.Random(0))
+    reversal = cp.Reversal(network[0], network[2], cp.cut_nowhere, 0.25, random.Random(0))
+    numbers = [x for mask in reversal.draw(2000, 4) for x in mask]
+    assert set(numbers) == {0.0, 1.0 / 0.75}
+    # 8,000 draws: the mean's standard deviation is 0.0065; eight of them, far below one in a million.
+    assert sum(numbers) / len(numbers) == pytest.approx(1.0, abs=8 * 0.0065)
+
+
+@pytest.mark.parametrize("strategy", [("keep",), ("sqrt",), ("halve",), ("revolve", None, 4)])
+def test_every_stored_activation_is_freed(strategy):
+    layers, x, target = cp.random_network(20, 2, random.Random(0))
+    cut, slots = cp.strategy_cut(strategy[0], 20, *strategy[1:])
+    assert cp.Reversal(layers, target, cut).run(x, slots).stored == 1            # the input
+
+
 @given(st.integers(0, 10 ** 6), st.integers(1, 6), st.integers(1, 3))
 def test_gradients_by_finite_differences(seed, n_layers, d_model):
     layers, x, target = cp.random_network(n_layers, d_model, random.Random(seed))
