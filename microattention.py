@@ -263,7 +263,7 @@ def random_layer(rng, d_model=32, n_heads=8, window=None):
     """MHA whose queries, keys and values have variance 1 if its inputs have."""
     def matrix(n): return [[x / sqrt(n) for x in row] for row in vectors(rng, n, n)]
     weights = {name: matrix(d_model) for name in ("query", "key", "value", "out")}
-    return Layer(n_heads, n_heads, d_model // n_heads // 2, weights, window)
+    return Layer(n_heads, n_heads, d_model // n_heads // 4 * 2, weights, window)
 
 def changed(layer, **attributes):
     """A copy of the layer that differs in these attributes."""

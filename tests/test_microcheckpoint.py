@@ -157,7 +157,8 @@ def test_memory_is_what_it_is_called(seed, measured):
     """The counted order is the order in bytes, and the bytes' optimum is near its formula."""
     results = measured("microcheckpoint", seed)
     sizes = [row["bytes"] for row in results["strategies"].values()]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 4 * sizes[2] > 8 * sizes[-1]
+    keep, every_16th, sqrt_n, *least = sizes
+    assert keep > 3 * every_16th > 4 * sqrt_n > 4 * 2 * max(least)
     best = results["best_k"]
     assert 0.5 <= best["bytes"] / best["bytes_formula"] <= 2.0
     assert list(results["held"].values()) == [16 * n + 1 for n in results["held"] for n in [int(n)]]
