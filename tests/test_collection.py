@@ -6,7 +6,8 @@ from itertools import combinations
 
 import pytest
 
-from collection import BUDGETS, ROOT, SCRIPTS, blocks, lines
+from collection import BUDGETS, ROOT, SCRIPTS, blocks, lines, source
+from mutants import MUTANTS
 
 ORDER = ["microrope", "microattention", "microkv", "micropaged", "microflash", "microcheckpoint",
          "microparallel", "microquant", "microssm", "microbeam"]
@@ -46,6 +47,14 @@ def test_readme_lists_the_scripts_that_exist_in_the_order_of_the_path():
 def test_readme_figures(name, seconds, budget, own, shared):
     assert (int(own), int(shared)) == lines(name)
     assert float(budget) == BUDGETS[name] >= float(seconds)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_still_apply(name):
+    """The list of mutants.json is in step with the script, and long enough."""
+    assert len(MUTANTS[name]) >= 10
+    for text, replacement in MUTANTS[name]:
+        assert text != replacement and source(name).count(text) == 1, text
 
 
 def test_top_level_holds_nothing_else():

@@ -1,0 +1,366 @@
+"""micropaged: the pool's invariants, the engine against one-at-a-time, the bugs and the figures."""
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import micropaged as paged
+
+SEEDS = st.integers(0, 10 ** 6)
+
+
+def tiny(seed, n_layers=1, context=40):
+    """-> (a small random model with float weights, rng)"""
+    rng = random.Random(seed)
+    model = paged.GPT(5, rng, n_layers, 4, 2, context)
+    for p in model.parameters():
+        p.data *= 6.0                    # so that predictions differ visibly from uniform
+    return model.frozen(), rng
+
+
+def state(pool):
+    """All that an operation that fails may not change."""
+    return (list(pool.free_blocks), dict(pool.cached), list(pool.references), list(pool.digests),
+            [list(row) for row in pool.tokens], {i: list(t) for i, t in pool.tables.items()},
+            [t.length for t in pool.tables.values()],
+            [[dict(slot) for slot in block] for block in pool.memory])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Any order of allocate, append, fork and free; memory is written as a model would write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = None
+
+    @precondition(lambda self: self.pool is None)
+    @rule(n_blocks=st.integers(1, 9), block_size=st.integers(1, 4), caching=st.booleans())
+    def build(self, n_blocks, block_size, caching):
+        self.pool, self.texts = paged.BlockPool(n_blocks, block_size, caching), []
+        self.computed = set()            # (block, slot) whose key was written for the present text
+
+    def fill(self, table, text, start):
+        """Write what a model would compute: a key that depends on the whole prefix."""
+        size = self.pool.block_size
+        for i in range(start, len(text)):
+            self.pool.memory[table[i // size]][i % size][0] = tuple(text[:i + 1])
+
+    def attempt(self, n_wanted, action):
+        """The action, or OutOfBlocks exactly when fewer than n_wanted blocks are free."""
+        before, free = state(self.pool), self.pool.n_free
+        try:
+            result = action()
+        except paged.OutOfBlocks:
+            assert n_wanted > free and state(self.pool) == before
+            return None
+        assert n_wanted <= free and self.pool.n_free == free - n_wanted
+        return result if result is not None else True
+
+    @precondition(lambda self: self.pool)
+    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=16))
+    def allocate(self, text):
+        size, pool = self.pool.block_size, self.pool
+        hits = pool.find(text)
+        wanted = -(-len(text) // size) - sum(pool.ref_count(block) > 0 for block in hits)
+        result = self.attempt(wanted, lambda: pool.allocate(text))
+        if result:
+            table, n_cached = result
+            assert n_cached == len(hits) * size < len(text) and table[:len(hits)] == hits
+            assert pool.prefix_caching or n_cached == 0
+            self.fill(table, text, n_cached)
+            self.texts.append((table, list(text)))
+
+    @precondition(lambda self: self.pool and self.texts)
+    @rule(which=st.integers(0, 99), more=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def append(self, which, more):
+        table, text = self.texts[which % len(self.texts)]
+        size, last = self.pool.block_size, table[-1]
+        copies = len(text) % size > 0 and self.pool.ref_count(last) > 1
+        wanted = -(-(len(text) + len(more)) // size) - len(table) + copies
+        if self.attempt(wanted, lambda: self.pool.append(table, more)):
+            assert (last in table) == (not copies)
+            text += more
+            self.fill(table, text, len(text) - len(more))
+
+    @precondition(lambda self: self.pool and 0 < len(self.texts) < 8)
+    @rule(which=st.integers(0, 99))
+    def fork(self, which):
+        table, text = self.texts[which % len(self.texts)]
+        twin = self.attempt(0, lambda: self.pool.fork(table))
+        assert twin == table and twin is not table
+        self.texts.append((twin, list(text)))
+
+    @precondition(lambda self: self.pool and self.texts)
+    @rule(which=st.integers(0, 99))
+    def free(self, which):
+        table, _ = self.texts.pop(which % len(self.texts))
+        last_owner = [block for block in table if self.pool.ref_count(block) == 1]
+        self.attempt(-len(last_owner), lambda: self.pool.free(table))
+        before = state(self.pool)
+        for wrong in (table, list(table), paged.BlockTable(table)):
+            for action in (self.pool.free, self.pool.fork, lambda t: self.pool.append(t, [1])):
+                with pytest.raises(ValueError, match="not in use"):
+                    action(wrong)
+        assert state(self.pool) == before
+
+    @precondition(lambda self: self.pool)
+    @rule()
+    def free_all(self):
+        while self.texts:
+            self.pool.free(self.texts.pop()[0])
+        assert self.pool.n_free == self.pool.n_blocks and not any(self.pool.references)
+
+    @invariant()
+    def every_block_is_free_or_referenced(self):
+        if self.pool:
+            named = Counter(block for table, _ in self.texts for block in table)
+            free = list(self.pool.free_blocks)
+            assert sorted(free + list(named)) == list(range(self.pool.n_blocks))
+            assert all(self.pool.ref_count(b) == named[b] for b in range(self.pool.n_blocks))
+            assert self.pool.n_free == len(free)
+
+    @invariant()
+    def no_token_is_lost_or_changed(self):
+        if self.pool:
+            size = self.pool.block_size
+            for table, text in self.texts:
+                assert table.length == len(text) and len(table) == -(-len(text) // size)
+                for i, token in enumerate(text):
+                    assert self.pool.tokens[table[i // size]][i % size] == token
+                    assert self.pool.memory[table[i // size]][i % size][0] == tuple(text[:i + 1])
+
+    @invariant()
+    def the_cache_names_full_blocks_by_their_whole_prefix(self):
+        if self.pool:
+            for digest, block in self.pool.cached.items():
+                assert self.pool.digests[block] == digest
+                text = self.pool.memory[block][-1][0]
+                assert len(text) % self.pool.block_size == 0
+                assert list(text[-self.pool.block_size:]) == self.pool.tokens[block]
+
+
+PoolMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=25)
+TestPool = PoolMachine.TestCase
+
+
+def traces(most=16):
+    request = st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=most),
+                        st.integers(1, most), st.integers(0, 8), st.integers(0, 99))
+    return st.lists(request, min_size=1, max_size=6)
+
+
+@given(SEEDS, traces(), st.integers(1, 5), st.integers(0, 4), st.booleans(), st.integers(1, 6),
+       st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_any_trace_ends_with_the_outputs_of_each_alone(seed, trace, block_size, extra, caching,
+                                                       max_batch, static):
+    """extra == 0: the pool holds the longest request and not a block more."""
+    model, _ = tiny(seed)
+    n_blocks = extra + max(-(-(len(p) + n - 1) // block_size) for p, n, *_ in trace)
+    engine = paged.Engine(model, paged.BlockPool(n_blocks, block_size, caching), max_batch, static)
+    requests = [engine.submit(*request) for request in trace]
+    for _ in range(9 + 40 * sum(n for _, n, *_ in trace)):
+        if not engine.waiting and not engine.running:
+            break
+        engine.step()
+        live = [r.block_table for r in engine.running]
+        named = Counter(block for table in live for block in table)
+        assert sorted([*engine.pool.free_blocks, *named]) == list(range(n_blocks))
+        assert all(engine.pool.ref_count(b) == named[b] for b in range(n_blocks))
+        assert len(engine.running) <= max_batch
+    assert sorted(map(id, engine.finished)) == sorted(map(id, requests))
+    assert engine.pool.n_free == n_blocks and not engine.pool.tables
+    for r, (prompt, n_tokens, arrival, seed) in zip(requests, trace):
+        twin, cache = paged.Request(prompt, n_tokens, arrival, seed), paged.KVCache(1)
+        while not twin.take(model.run(twin.tokens[cache.length:], cache, cache.length)[-1]):
+            pass
+        assert (r.tokens, r.logits) == (twin.tokens, twin.logits)
+        assert len(r.tokens) == len(prompt) + n_tokens
+        assert len(r.history) - r.history.count("·") - r.history.count("x") == n_tokens
+        assert (r.history.count("▒") == r.preemptions + 1) and r.history[-1] in "▒█"
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 5), st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_paged_cache_is_a_cache(seed, n_layers, block_size, n_prompt):
+    """Two sequences in turns in one pool, in chunks, in blocks in any order."""
+    model, rng = tiny(seed, n_layers)
+    pool = paged.BlockPool(24, block_size)
+    order = rng.sample(range(24), 24)
+    pool.free_blocks = type(pool.free_blocks).fromkeys(order)
+    texts = [[rng.randrange(5) for _ in range(12)] for _ in "ab"]
+    wholes = [model.run(text, paged.KVCache(n_layers)) for text in texts]
+    tables = [pool.allocate(text[:n_prompt]) for text in texts]
+    logits = paged.run_batch(model, pool, [(t, text[:n_prompt], n) for (t, n), text
+                                           in zip(tables, texts)])
+    assert logits == [whole[n_prompt - 1] for whole in wholes]
+    for end in range(n_prompt + 1, 13):
+        for (table, _), text in zip(tables, texts):
+            pool.append(table, text[end - 1:end])
+        logits = paged.run_batch(model, pool, [(t, text[:end], end - 1) for (t, _), text
+                                               in zip(tables, texts)])
+        assert logits == [whole[end - 1] for whole in wholes]
+
+
+def test_a_prompt_seen_before_still_runs_its_last_token():
+    for n in range(1, 14):
+        pool = paged.BlockPool(20, 4)
+        pool.free(pool.allocate([7] * n)[0])
+        table, n_cached = pool.allocate([7] * n)
+        assert n_cached == (n - 1) // 4 * 4 < n and table.length == n
+
+
+def test_prefixes_differ_by_anything_before():
+    pool = paged.BlockPool(20, 2)
+    pool.allocate([1, 2, 3, 4, 5])
+    for text, cached in (([1, 2, 3, 4, 9], 4), ([1, 2, 9, 9, 9], 2), ([9, 2, 3, 4, 5], 0),
+                         ([3, 4, 1, 2, 5], 0), ([1, 23, 4, 5, 6], 0), ((1, 2, 3, 4, 5), 4)):
+        assert pool.allocate(text)[1] == cached
+    assert paged.BlockPool(20, 2, False).allocate([1, 2, 3])[1] == 0
+
+
+def test_generated_blocks_are_found_too():
+    pool = paged.BlockPool(9, 2)
+    table, _ = pool.allocate([1])
+    pool.append(table, [2, 3])
+    pool.append(table, [4])
+    assert pool.allocate([1, 2, 3, 4, 5])[1] == 4
+
+
+def test_eviction_takes_the_least_recently_used_and_ends_before_starts():
+    pool = paged.BlockPool(4, 1)
+    old, new = pool.allocate([1, 2])[0], pool.allocate([3, 4])[0]
+    pool.free(old)
+    pool.free(new)
+    assert list(pool.free_blocks) == [old[1], old[0], new[1], new[0]]
+    table, n_cached = pool.allocate([1, 5])          # uses the old start again: now it is the newest
+    assert n_cached == 1 and table == [old[0], old[1]]
+    pool.free(table)
+    assert pool.allocate([3, 9])[1] == 1             # the new one is still there
+    assert list(pool.free_blocks)[0] == table[1]
+
+
+def test_what_nobody_can_find_goes_first():
+    pool = paged.BlockPool(4, 2)
+    table, _ = pool.allocate([1, 2, 3])              # a full block, and one that is not
+    pool.free(table)
+    assert list(pool.free_blocks) == [table[1], 2, 3, table[0]]
+
+
+def test_copy_on_write_copies_once_per_extra_fork():
+    paged.COUNT.clear()
+    pool = paged.BlockPool(9, 4)
+    table, _ = pool.allocate([1, 2, 3, 4, 5])
+    twins = [pool.fork(table) for _ in range(2)]
+    for i, t in enumerate((table, *twins)):
+        pool.append(t, [i])
+    assert paged.COUNT["copied"] == 2 and len({t[-1] for t in (table, *twins)}) == 3
+    assert len({t[0] for t in (table, *twins)}) == 1 and pool.ref_count(table[0]) == 3
+    paged.COUNT.clear()
+    pool = paged.BlockPool(9, 4)
+    table, _ = pool.allocate([1, 2, 3, 4])           # a full block is never written again
+    pool.append(pool.fork(table), [5])
+    assert paged.COUNT["copied"] == 0 and len(table) == 1
+
+
+def test_pool_refuses_nonsense():
+    for arguments in ((0, 4), (4, 0), (-1, 4)):
+        with pytest.raises(ValueError, match="blocks of"):
+            paged.BlockPool(*arguments)
+    pool, other = paged.BlockPool(3, 4), paged.BlockPool(3, 4)
+    table, _ = pool.allocate([1])
+    for action in (lambda: pool.allocate([]), lambda: pool.append(table, [])):
+        with pytest.raises(ValueError, match="0 tokens"):
+            action()
+    with pytest.raises(ValueError, match="not in use"):
+        other.free(table)
+    with pytest.raises(paged.OutOfBlocks, match="4 blocks wanted, 2 of 3 free"):
+        pool.allocate([2] * 13)
+
+
+def test_engine_refuses_what_never_fits_and_goes_on():
+    model, _ = tiny(0)
+    engine = paged.Engine(model, paged.BlockPool(4, 4))
+    with pytest.raises(ValueError, match="17 positions, .*context is 40, the pool 16"):
+        engine.submit([1] * 10, 8)
+    roomy = paged.Engine(model, paged.BlockPool(40, 4))
+    with pytest.raises(ValueError, match="41 positions, .*context is 40"):
+        roomy.submit([1] * 40, 2)
+    for prompt, n_tokens in (([], 1), ([1], 0), ([1], -3)):
+        with pytest.raises(ValueError, match="to write"):
+            engine.submit(prompt, n_tokens)
+    request = engine.submit([1] * 10, 7)
+    assert engine.run() == [request] and len(request.tokens) == 17
+
+
+def test_first_come_first_served_and_the_youngest_gives_way():
+    model, _ = tiny(1)
+    engine = paged.Engine(model, paged.BlockPool(5, 4))
+    young = engine.submit([2] * 8, 9, arrival=1)
+    old = engine.submit([1] * 8, 9)
+    engine.run()
+    assert engine.finished == [old, young] and old.history == "▒" + 8 * "█"
+    assert old.preemptions == 0 < young.preemptions and "x" in young.history
+    batch = paged.Engine(model, paged.BlockPool(9, 4), static=True)
+    first, late = batch.submit([1], 3), batch.submit([1], 1, 1)
+    batch.run()
+    assert (first.history, late.history) == ("▒██", "··▒")
+
+
+def test_first_fit():
+    assert paged.first_fit("A··B···", "C", 3) == "A··BCCC"
+    assert paged.first_fit("A··B···", "C", 1) == "AC·B···"
+    with pytest.raises(paged.OutOfBlocks, match="5 free"):
+        paged.first_fit("A··B···", "C", 4)
+
+
+def test_memory_uses_by_hand():
+    """Prompt 2, output 2: 2, then 3 tokens; of 6 slots 2, then 1 are to come and 2 are never used."""
+    uses = paged.memory_uses([(2, 2)], lambda now, prompt, output: 6)
+    assert uses == pytest.approx([100 * 5 / 12, 100 * 3 / 12, 100 * 4 / 12])
+
+
+@given(SEEDS, st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
+@settings(deadline=None, max_examples=30)
+def test_samples_share_and_stay_apart(seed, n_prompt, n_tokens, width, block_size):
+    model, rng = tiny(seed)
+    prompt = [rng.randrange(5) for _ in range(n_prompt)]
+    pool = paged.BlockPool(80, block_size)
+    requests, _ = paged.samples(model, pool, prompt, n_tokens, width)
+    assert pool.n_free == 80 and len(requests) == width
+    for r in requests:
+        assert r.logits == paged.right_logits(model, r.tokens, n_prompt)
+        assert len(r.logits) == n_tokens
+
+
+@pytest.mark.parametrize("seed", [42, 0, 1])
+def test_exhibits(seed, measured):
+    for bug, (correct, wrong) in measured("micropaged", seed)["symptoms"].items():
+        assert correct == 0.0 and wrong > 1e-4, bug
+
+
+@pytest.mark.parametrize("seed", [42, 0, 1])
+def test_key_figures(seed, measured):
+    results = measured("micropaged", seed)
+    memory = {name: uses[0] for name, uses in results["memory"].items()}
+    assert memory["reserve the maximum"] < memory["powers of two"] < memory["the true length"]
+    assert memory["blocks of 64"] < memory["blocks of 16"]
+    assert memory["blocks of 16"] > 2 * memory["reserve the maximum"]
+    for row in results["branches"]:
+        assert row[2] == row[3] <= row[1] and row[4] == row[5] in (0, int(row[0]) - 1)
+    runs = results["schedulers"]
+    assert runs["continuous"]["steps"] < runs["static batches"]["steps"] < runs["one at a time"]["steps"]
+    assert runs["continuous"]["tokens run"] < runs["no prefix cache"]["tokens run"]
+    assert runs["one at a time"]["batch"] == 1.0 and runs["one at a time"]["preempted"] == 0
+    assert 0 < results["hit_rates"]["small"] <= results["hit_rates"]["ample"] < 1
+
+
+def test_real_world_by_hand(measured):
+    real = measured("micropaged")["real_world"]
+    assert real["block"] == 16 * 128 * 1024 and real["waste"] == 15 * 128 * 1024
+    assert real["prompt"] == 2048 * 128 * 1024
+    a100 = {row[0]: row[1:] for row in real["rows"]}["A100 80GB"]
+    blocks = int((80e9 - 2 * 8.03e9) / 2097152)
+    assert a100 == [blocks, 16 * blocks, 59, blocks // 63]

@@ -1,0 +1,335 @@
+"""microparallel: collectives, both kinds of parallelism, and processes that never outlive a failure."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from multiprocessing import Pipe
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"      # for the processes that the script starts
+import microparallel as mp
+from collection import ROOT
+
+sizes = st.integers(1, 5)
+
+
+def on_threads(job, arguments):
+    """job(rank, world, *arguments[rank]) with a thread for each rank -> results."""
+    n = len(arguments)
+    pipes, results = [{} for _ in range(n)], [None] * n
+    for i in range(n):
+        for j in range(i):
+            pipes[i][j], pipes[j][i] = Pipe()
+
+    def rank_main(rank):
+        try:
+            results[rank] = job(rank, mp.World(n, pipes[rank], 5.0), *arguments[rank])
+        except Exception as error:
+            results[rank] = error
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for end in mp.leaves(pipes):
+        end.close()
+    return results
+
+
+def processes(marker):
+    """Ids of the living processes whose environment has MARKER=marker."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                if f"MARKER={marker}".encode() in file.read().split(b"\0"):
+                    with open(f"/proc/{entry}/stat") as file:
+                        if file.read().rsplit(")", 1)[1].split()[0] != "Z":
+                            found.append(int(entry))
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [child for child in map(int, file.read().split())
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+# Collectives --------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=20)
+@given(sizes, st.integers(0, 12), st.integers(0, 10 ** 6))
+def test_all_reduces_sum_and_give_all_ranks_the_same_bits(p, n, seed):
+    rng = random.Random(seed)
+    vectors = [[rng.gauss(0.0, 1.0) for _ in range(n)] for _ in range(p)]
+    for job in mp.ring_all_reduce, mp.naive_all_reduce:
+        results = on_threads(job, [(vector,) for vector in vectors])
+        assert all(result == results[0] for result in results)
+        assert results[0] == pytest.approx([sum(column) for column in zip(*vectors)], abs=1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(sizes, st.integers(0, 12), st.integers(0, 4))
+def test_broadcast_gather_and_scatter(p, n, root):
+    vectors = [[float(100 * rank + i) for i in range(n)] for rank in range(p)]
+    root %= p
+    assert on_threads(mp.broadcast, [(vector, root) for vector in vectors]) == [vectors[root]] * p
+    parts = [vectors[rank][:rank % 3] for rank in range(p)]
+    assert on_threads(mp.all_gather, [(part,) for part in parts]) == [sum(parts, [])] * p
+    scattered = on_threads(mp.reduce_scatter, [(vector,) for vector in vectors])
+    assert sum(scattered, []) == [sum(column) for column in zip(*vectors)]
+    assert scattered == [mp.chunk(sum(scattered, []), rank, p) for rank in range(p)]
+
+
+def test_vectors_longer_than_a_pipe_holds():
+    n = 200_000
+    results = on_threads(mp.ring_all_reduce, [([1.0 + rank] * n,) for rank in range(3)])
+    assert results == [[6.0] * n] * 3
+
+
+def test_errors_of_the_ring():
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} in a world of 2"):
+            mp.ring_all_reduce(rank, mp.World(2), [1.0])
+    results = on_threads(mp.ring_all_reduce, [([1.0] * 4,), ([1.0] * 6,)])
+    assert any(isinstance(result, ValueError) for result in results)
+    assert mp.ring_all_reduce(0, mp.World(1), [1.0, 2.0]) == [1.0, 2.0]
+
+
+# Schedules ----------------------------------------------------------------------------------------
+def simulate(schedule, ticks=(1, 2)):
+    """Run a schedule by its dependencies alone -> (ticks until the end, most kept per stage)."""
+    p, done, at, clock = len(schedule), {}, [0] * len(schedule), [0] * len(schedule)
+    alive, most = [0] * p, [0] * p
+    while any(at[s] < len(schedule[s]) for s in range(p)):
+        moved = False
+        for s in range(p):
+            if at[s] == len(schedule[s]):
+                continue
+            way, i = schedule[s][at[s]]
+            before = s - 1 if way == "F" else s + 1
+            if way == "B":
+                assert (s, "F", i) in done
+            if 0 <= before < p and (before, way, i) not in done:
+                continue
+            clock[s] = max(clock[s], done.get((before, way, i), 0)) + ticks[way == "B"]
+            done[s, way, i] = clock[s]
+            alive[s] += 1 if way == "F" else -1
+            most[s] = max(most[s], alive[s])
+            at[s] += 1
+            moved = True
+        assert moved, "the schedule deadlocks"
+    return max(clock), most
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(["gpipe", "1f1b"]),
+       st.sampled_from([(1, 1), (1, 2), (2, 3)]))
+def test_schedules_do_all_the_work_with_the_bubble_of_the_formula(p, m, kind, ticks):
+    schedule = mp.pipeline_schedule(p, m, kind)
+    work = {(way, i) for way in "FB" for i in range(m)}
+    assert len(schedule) == p
+    assert all(len(stage) == 2 * m and set(stage) == work for stage in schedule)
+    length, most = simulate(schedule, ticks)
+    assert 1 - m * sum(ticks) / length == pytest.approx(mp.bubble_fraction(p, m))
+    assert most == [m if kind == "gpipe" else min(p - s, m) for s in range(p)]
+    for stage in schedule:               # gradients are added up in one order, whatever the kind
+        assert [i for way, i in stage if way == "B"] == list(range(m))
+
+
+def test_figures_known_from_the_papers():
+    assert mp.bubble_fraction(4, 8) == 3 / 11 and mp.bubble_fraction(1, 5) == 0.0
+    assert mp.pipeline_schedule(2, 3, "1f1b") == [
+        [("F", 0), ("F", 1), ("B", 0), ("F", 2), ("B", 1), ("B", 2)],
+        [("F", 0), ("B", 0), ("F", 1), ("B", 1), ("F", 2), ("B", 2)]]
+    assert mp.pipeline_schedule(1, 2, "gpipe") == [[("F", 0), ("F", 1), ("B", 0), ("B", 1)]]
+
+
+@pytest.mark.parametrize("p, m", [(0, 1), (1, 0), (-2, 3), (3, -1)])
+def test_bad_numbers_are_refused(p, m):
+    for call in (lambda: mp.bubble_fraction(p, m), lambda: mp.pipeline_schedule(p, m, "gpipe")):
+        with pytest.raises(ValueError, match=f"{p} stages, {m} microbatches"):
+            call()
+    with pytest.raises(ValueError, match="no schedule 'zigzag'"):
+        mp.pipeline_schedule(2, 2, "zigzag")
+
+
+# Parallelism --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("p", [2, 4])
+def test_tensor_parallel_equals_one_device(p):
+    rng = random.Random(p)
+    weights, example = mp.new_model(rng, 2), mp.new_example(rng)
+    logits = mp.forward(0, mp.World(1), weights, example[0])
+    parts = [mp.shard(weights, rank, p) for rank in range(p)]
+    for result in on_threads(mp.forward, [(part, example[0]) for part in parts]):
+        assert mp.off(result, logits) < 1e-12
+    for name in ("query", "up", "out", "down"):          # the pieces are a partition
+        pieces = [part["layers"][0][name] for part in parts]
+        joined = sum(pieces, []) if name in ("query", "up") else [
+            sum(rows, []) for rows in zip(*pieces)]
+        assert joined == weights["layers"][0][name]
+
+
+def test_the_future_is_invisible_and_the_past_is_not():
+    weights = mp.new_model(random.Random(3), 2)
+    def logits(tokens): return mp.forward(0, mp.World(1), weights, tokens)
+    a, b = logits([1, 2, 3, 4, 5, 6]), logits([1, 2, 3, 0, 5, 6])
+    assert a[:3] == b[:3] and all(x != y for x, y in zip(a[3:], b[3:]))
+
+
+@pytest.mark.parametrize("seed", [42, 1])
+def test_the_story(measured, seed):
+    result = measured("microparallel", seed)
+    assert all(result["checks"].values()) and len(result["checks"]) >= 10
+    losses = result["losses"]
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
+    assert result["bytes_sent"]["ring_all_reduce"] == [14400] * 4
+    assert result["bytes_sent"]["naive_all_reduce"] == [28800, 9600, 9600, 9600]
+    far = result["tensor_off"]
+    assert max(far[2] + far[4]) < 1e-12 and far["training"] < 1e-8
+    assert result["pipeline"]["gpipe", 8] == (pytest.approx(3 / 11), [8] * 4)
+    assert result["pipeline"]["1f1b", 8] == (pytest.approx(3 / 11), [4, 3, 2, 1])
+    for bug in ("relu before all-reduce", "bias on both ranks", "gradients not summed"):
+        wrong, right = result["bugs"][bug]
+        assert right < 1e-12 < 1e-3 < wrong
+    assert result["bugs"]["deadlock"].startswith("deadlock: rank 0 TimeoutError: waited 0.3 s")
+
+
+def test_the_real_world(measured):
+    seconds = measured("microparallel")["seconds"]
+    # 160 all-reduces of 7/4 x 8192 x 2 bytes at 50 GB/s; (141.2 GB + 8192 x 320 KiB) / 8 at 4.8 TB/s
+    reading = (2 * 70.6e9 + 8192 * 327680) / 8 / 4.8e12
+    tensor, pipeline = seconds["Llama-3.1-70B", "decode", 1, "InfiniBand"]
+    assert tensor == pytest.approx(reading + 160 * 7 / 4 * 8192 * 2 / 50e9)
+    assert pipeline == pytest.approx(8 * (reading + 8192 * 2 / 50e9))
+    tensor, pipeline = seconds["Llama-3.1-405B", "prefill", 8, "NVLink"]
+    compute = 2 * 405e9 * 8192 / 8 / 989e12
+    assert tensor == pytest.approx(compute + 252 * 7 / 4 * 8192 * 16384 * 2 / 450e9)
+    assert pipeline == pytest.approx(15 * (compute / 8 + 1024 * 16384 * 2 / 450e9))
+
+
+# Failures -----------------------------------------------------------------------------------------
+def quit_job(rank, world, how):
+    if rank == 1:
+        if how == "error":
+            raise KeyError("lost")
+        os.kill(os.getpid(), getattr(signal, how))
+    return mp.ring_all_reduce(rank, world, [1.0])
+
+
+@pytest.mark.parametrize("how, message", [
+    ("SIGKILL", r"^rank 0 lost its peer; rank 1 died, exit code -9$"),
+    ("SIGTERM", r"^rank 0 lost its peer; rank 1 died, exit code -15$"),
+    ("SIGSTOP", r"^rank 0 TimeoutError: waited 0.3 s for rank 1 in all-reduce; rank 1 does not answer$"),
+    ("error", r"rank 1 KeyError: 'lost'$")])
+def test_a_failing_rank_ends_the_run(monkeypatch, how, message):
+    with closing(mp.Devices(2)) as devices:
+        devices.run(mp.ring_all_reduce, [([1.0],)] * 2)          # both are up
+        monkeypatch.setattr(mp, "PATIENCE", 2.0)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=message):
+            devices.run(quit_job, [(how,)] * 2, patience=0.3)
+        assert time.monotonic() - started < 15
+        assert not any(process.is_alive() for process in devices.processes)
+        with pytest.raises(RuntimeError, match="died"):        # and it stays an error
+            devices.run(quit_job, [(how,)] * 2)
+
+
+def test_a_rank_killed_between_jobs():
+    with closing(mp.Devices(2)) as devices:
+        devices.run(mp.ring_all_reduce, [([1.0],)] * 2)
+        os.kill(devices.processes[0].pid, signal.SIGKILL)
+        devices.processes[0].join()
+        with pytest.raises(RuntimeError, match="rank 0 died, exit code -9"):
+            devices.run(mp.ring_all_reduce, [([1.0],)] * 2)
+
+
+def start(marker, *command):
+    return subprocess.Popen(
+        command or [sys.executable, "-B", str(ROOT / "microparallel.py")], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "MARKER": marker, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line.decode():
+            return
+    raise AssertionError(f"never printed {text!r}: {process.stderr.read().decode()}")
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="no /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("line", ["Several devices", "1. Autograd", "3. Collectives"])
+def test_interrupt_of_the_whole_group_ends_quietly(line):
+    """Ctrl-C in a terminal: every process of the group gets it, at any time of their lives."""
+    marker = f"interrupt {os.getpid()} {line[0]}"
+    with start(marker) as process:
+        read_until(process, line)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"")
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_its_parent(number):
+    marker = f"parent {os.getpid()} {number}"
+    with start(marker) as process:
+        read_until(process, "3. Collectives")
+        assert len(children(process.pid)) == 4
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == -number and err == b""
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
+@needs_proc
+def test_a_worker_killed_in_the_middle_of_the_story():
+    marker = f"worker {os.getpid()}"
+    with start(marker) as process:
+        read_until(process, "3. Collectives")
+        os.kill(children(process.pid)[2], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"exit code -9" in err.splitlines()[-1]
+    assert err.count(b"Traceback") <= 1
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
+@needs_proc
+def test_closed_pipe_leaves_no_process():
+    marker = f"closed {os.getpid()}"
+    with start(marker) as process:
+        read_until(process, "3. Collectives")
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 141
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
+@needs_proc
+def test_as_a_module():
+    marker = f"module {os.getpid()}"
+    with start(marker, sys.executable, "-c", "import microparallel; microparallel.main(seed=1)") as run:
+        out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, b"") and b"checks hold" in out
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
