@@ -36,7 +36,9 @@ from operator import mul
 # one graph at a time: backward() empties it, and what was computed before is constant afterwards.
 try: from math import sumprod            # since Python 3.12: a dot product in one C loop
 except ImportError:
-    def sumprod(a, b): return sum(map(mul, a, b))
+    def sumprod(a, b):
+        if len(a) != len(b): raise ValueError(f"{len(a)} numbers times {len(b)}")
+        return sum(map(mul, a, b))
 TAPE = []                                # every computed Value, in order of creation
 COUNT = defaultdict(int)                 # what the code really did, counted where it does it
 
@@ -549,32 +551,36 @@ def table(*rows):
     for row in rows[:1] + [["─" * width for width in widths]] + rows[1:]:
         print(" ", row[0].ljust(widths[0]), *(f" {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
 
+def short(x): return f"{x:,.0f}" if 1e4 <= abs(x) < 1e7 else f"{x:,.4g}"
+
 def bars(rows, unit="", width=50):
     """A horizontal bar for each (label, value)."""
     longest, top = max(len(label) for label, _ in rows), max(value for _, value in rows) or 1.0
     for label, value in rows:
         bar = "█" * round(width * value / top) or "▏"
-        print(f"  {label:<{longest}} {bar} {value:,.4g}{unit}")
+        print(f"  {label:<{longest}} {bar} {short(value)}{unit}")
 
 def plot(title, curves, log_x=False, log_y=False, width=80, height=12):
     """{name: [(x, y), ...]} over common axes; each curve has its own mark, later ones on top."""
-    def cell(value, axis, on_log, cells):
-        low, high, at = map(log if on_log else float, (min(axis), max(axis), value))
-        return round((at - low) / (high - low or 1.0) * (cells - 1))
+    def cells(values, on_log, n):
+        at = [log(value) if on_log else value for value in values]
+        low, span = min(at), max(at) - min(at) or 1.0
+        return [round((x - low) / span * (n - 1)) for x in at]
     xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    marks = [mark for mark, curve in zip("●○▲△■", curves.values()) for _ in curve]
     grid = [[" "] * width for _ in range(height)]
-    for mark, curve in zip("●○▲△■", curves.values()):
-        for x, y in curve: grid[-1 - cell(y, ys, log_y, height)][cell(x, xs, log_x, width)] = mark
+    for mark, column, row in zip(marks, cells(xs, log_x, width), cells(ys, log_y, height)):
+        grid[-1 - row][column] = mark
     print(f"  {title}\n ", *(f"  {mark} {name}" for mark, name in zip("●○▲△■", curves)))
-    for y, line in zip([f"{max(ys):,.4g}"] + [""] * (height - 2) + [f"{min(ys):,.4g}"], grid):
+    for y, line in zip([short(max(ys))] + [""] * (height - 2) + [short(min(ys))], grid):
         print(f"  {y:>9} │{''.join(line)}".rstrip())
-    print(f"  {'':9} └{f'{min(xs):,.4g} ':─<{width // 2}}{f' {max(xs):,.4g}':─>{width // 2}}")
+    print(f"  {'':9} └{short(min(xs)) + ' ':─<{width // 2}}{' ' + short(max(xs)):─>{width // 2}}")
 
 def heatmap(rows, low, high):
     """A matrix as shades, from blank for `low` to solid for `high`."""
     for row in rows:
         shades = (" ░▒▓█"[round(4 * (value - low) / (high - low))] for value in row)
-        print("   ", *(2 * shade for shade in shades), sep="")
+        print(("   " + "".join(2 * shade for shade in shades)).rstrip())
 
 def check(claim, holds, numbers=""): CHECKS.append((claim, bool(holds), str(numbers)))
 

@@ -198,16 +198,13 @@ def test_selection_is_what_the_weights_say():
     assert all(0.1 <= step <= 1.0 for step in steps)
 
 
-def test_copying_task():
-    rng = random.Random(0)
-    places, words = set(), set()
-    for _ in range(500):
-        tokens, data = ssm.sample_copying(rng, 8)
-        assert len(tokens) == 10 and tokens[8:] == [5, 6] and [t for t in tokens[:8] if t != 4] == data
-        assert len(data) == 2 and set(data) <= {0, 1, 2, 3}
-        places.add(tuple(i for i in range(8) if tokens[i] != 4))
-        words.add(tuple(data))
-    assert len(places) == 28 and len(words) == 16
+@pytest.mark.parametrize("n_steps", [2, 3, 8])
+def test_copying_task(n_steps):
+    sequences = ssm.copying_sequences(n_steps)
+    assert len(sequences) == len({tuple(t) for t, _ in sequences}) == math.comb(n_steps, 2) * 16
+    for tokens, data in sequences:
+        assert len(tokens) == n_steps + 2 and tokens[-2:] == [5, 6]
+        assert tuple(t for t in tokens[:-2] if t != 4) == data and set(data) <= {0, 1, 2, 3}
 
 
 def test_refuses_what_does_not_fit():
@@ -288,8 +285,24 @@ def test_step_cost_by_hand():
     assert ssm.mamba_step_cost(2, 4, 3, 5)[1] == 4 * (4 + 3)
 
 
-def test_training_learns_the_same_from_the_same_seed():
-    """Few steps: the loss falls, weights are floats, and nothing depends on global state."""
-    one, other = (ssm.train_copying(5, True, n_steps=6) for _ in range(2))
-    assert one == other and type(one[0]["W_B"][0][0]) is float
-    assert one[0] != ssm.train_copying(6, True, n_steps=6)[0]
+def test_fresh_sequences_are_half_of_all(measured):
+    fresh = measured("microssm", 42)["show_copying"]["fresh"]
+    every = ssm.copying_sequences(8)
+    assert len(fresh) == len(every) // 2 == len({tuple(t) for t, _ in fresh})
+    assert all(sequence in every for sequence in fresh)
+
+
+def test_training_sees_no_sequence_that_is_asked_later(monkeypatch):
+    """Both layers train on the same sequences, none of them among the fresh ones."""
+    seen, answer = {}, ssm.answer
+
+    def spy(w, samples, **bug):
+        if type(w["token"][0][0]) is ssm.Value:
+            seen.setdefault("W_B" in w, []).extend(tuple(tokens) for tokens, _ in samples)
+        return answer(w, samples, **bug)
+    monkeypatch.setattr(ssm, "answer", spy)
+    monkeypatch.setattr(ssm, "train", lambda weights, loss, steps, rate: [loss(i) for i in range(4)])
+    fresh = ssm.show_copying(random.Random(1), {})["fresh"]
+    ssm.TAPE.clear()
+    assert len(seen[True]) == 24 and seen[True] == seen[False]
+    assert not set(seen[True]) & {tuple(tokens) for tokens, _ in fresh}

@@ -1,4 +1,4 @@
-"""microquant's codes against gguf (byte for byte), PyTorch's fake quantization, and GPTQ as published."""
+"""microquant's codes against gguf (byte for byte), PyTorch's fake quantization, published GPTQ."""
 import math
 import random
 
@@ -10,7 +10,7 @@ import microquant as mq
 
 
 def block_rows(rng):
-    """Rows of 1 to 4 float32 blocks: Gaussian at any size, uniform, on ties, spiky, constant, zero."""
+    """Rows of 1 to 4 float32 blocks: Gaussian, uniform, on ties, spiky, constant, zero."""
     n = 32 * rng.randint(1, 4)
     size = 10.0 ** rng.uniform(-8, 4)
     kind = rng.randrange(7)
@@ -26,7 +26,8 @@ def block_rows(rng):
     return np.array(row, dtype=np.float32)
 
 
-EDGES = [[0.0] * 32, [-0.0] * 32, [1.0] * 32, [-1.0] * 32, [1.0, -1.0] * 16, [-1.0, 1.0] * 16, [5e5] + [1.0] * 31,
+EDGES = [[0.0] * 32, [-0.0] * 32, [1.0] * 32, [-1.0] * 32, [1.0, -1.0] * 16, [-1.0, 1.0] * 16,
+         [5e5] + [1.0] * 31,
          [1e-6] * 32, [3e-6, -1e-6] * 16, [1e-30] * 32, [1e-36, -1e-36] * 16, [0.0] * 31 + [-8.0]]
 
 
@@ -34,9 +35,11 @@ EDGES = [[0.0] * 32, [-0.0] * 32, [1.0] * 32, [-1.0] * 32, [1.0, -1.0] * 16, [-1
 def test_block_formats_byte_for_byte(name):
     quants, constants = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf")
     kind = constants.GGMLQuantizationType[name]
-    encode, decode = {"Q8_0": (mq.encode_q8_0, mq.decode_q8_0), "Q4_0": (mq.encode_q4_0, mq.decode_q4_0)}[name]
+    encode, decode = {"Q8_0": (mq.encode_q8_0, mq.decode_q8_0),
+                      "Q4_0": (mq.encode_q4_0, mq.decode_q4_0)}[name]
     rng = random.Random(name)
-    rows = [np.array(row, dtype=np.float32) for row in EDGES] + [block_rows(rng) for _ in range(900)]
+    rows = [np.array(row, dtype=np.float32) for row in EDGES]
+    rows += [block_rows(rng) for _ in range(900)]
     assert sum(len(row) for row in rows) // 32 >= 2000
     for row in rows:
         expected = quants.quantize(row, kind)
@@ -57,8 +60,9 @@ def test_fake_quantize_per_channel(seed, symmetric):
     weight, zero_points = [], []
     for _ in range(m):
         top = unit * (high if symmetric else 2 * high + 1)
-        row = [rng.randint(-4 * high if symmetric else 0, 4 * high if symmetric else 8 * high + 4) * unit / 4.0
-               for _ in range(n)] + [top] + ([-top / 1.0] if symmetric else [0.0])
+        least, most = (-4 * high, 4 * high) if symmetric else (0, 8 * high + 4)
+        row = [rng.randint(least, most) * unit / 4.0 for _ in range(n)] + [top]
+        row += [-top] if symmetric else [0.0]
         low = 0 if symmetric else rng.randint(0, 2 * high + 1)
         row = [x - low * unit for x in row]
         if not symmetric:
@@ -68,7 +72,8 @@ def test_fake_quantize_per_channel(seed, symmetric):
     assert {scale for _, scale, _ in quantized} == {unit}
     zero_points = [zero_point for _, _, zero_point in quantized]
     expected = torch.fake_quantize_per_channel_affine(
-        torch.tensor(weight), torch.full((m,), unit), torch.tensor(zero_points, dtype=torch.int32), 0,
+        torch.tensor(weight), torch.full((m,), unit),
+        torch.tensor(zero_points, dtype=torch.int32), 0,
         -high - (not symmetric), high)
     for (codes, scale, zero_point), row in zip(quantized, expected.tolist()):
         assert mq.dequantize(codes, scale, zero_point) == row
@@ -85,7 +90,8 @@ def test_fake_quantize_of_random_rows(seed, symmetric):
     codes, scale, zero_point = mq.quantize(row, bits, symmetric)
     high = (1 << bits - 1) - 1
     expected = torch.fake_quantize_per_channel_affine(
-        torch.tensor([row]), torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), 0,
+        torch.tensor([row]), torch.tensor([scale]),
+        torch.tensor([zero_point], dtype=torch.int32), 0,
         -high - (not symmetric), high)[0].tolist()
     for value, stored, other in zip(row, mq.dequantize(codes, scale, zero_point), expected):
         if abs(abs(value / scale) % 1.0 - 0.5) > 1e-4:
@@ -93,7 +99,7 @@ def test_fake_quantize_of_random_rows(seed, symmetric):
 
 
 def published_gptq(weight, inputs, bits):
-    """Frantar et al. 2022, algorithm 1 with blocks of one column: the inverse, then its Cholesky."""
+    """Frantar et al. 2022, algorithm 1, blocks of one column: the inverse, then its Cholesky."""
     w, x = np.array(weight), np.array(inputs)
     h = x.T @ x
     h += np.eye(len(h)) * 0.01 * np.mean(np.diag(h))

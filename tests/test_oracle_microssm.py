@@ -169,9 +169,9 @@ def test_pointwise_and_attention(seed):
         assert y.data == pytest.approx(expected.item(), rel=1e-8, abs=1e-12)
         assert value.grad == pytest.approx(t.grad.item(), rel=1e-8, abs=1e-8)
     d, n = rng.randint(1, 5), rng.randint(1, 6)
-    w = {name: matrix(rng, d, d) for name in ("query", "key", "value", "out")}
+    w = {name: matrix(rng, d, d) for name in ("query", "key", "value", "mix")}
     xs, keys, values = matrix(rng, n, d), [], []
     ours = [ssm.attention_step(x, w, keys, values)[0] for x in xs]
     q, k, v = (tensor(xs) @ tensor(w[name]).T for name in ("query", "key", "value"))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    close(ours, expected @ tensor(w["out"]).T)
+    close(ours, expected @ tensor(w["mix"]).T)

@@ -1,0 +1,743 @@
+"""A server that keeps its KV cache in small shared blocks serves several times the users.
+
+A request needs memory for keys and values, and nobody knows how much before its last token. So cut
+memory into pages, as operating systems do: blocks of a few tokens, found through a block table.
+They can be shared, copied when written, found again by content, and taken back when there are few.
+
+  Kwon et al. 2023 (2309.06180) PagedAttention, vLLM      Yu et al. OSDI 2022 (Orca) scheduling
+
+  python micropaged.py [--seed N] [--names FILE]     needs only Python, takes two seconds
+
+  1. Autograd              a gradient, through a block table and without one
+  2. Data and model        a tiny GPT learns names; requests to continue lists of names
+  3. Contiguous memory     one piece per request, and the three ways in which it wastes
+  4. Paging                blocks and block tables: the same logits, hardly any waste
+  5. Sharing               samples share blocks until they write: copy-on-write
+  6. Prefix caching        a block is found again by the hash of all that was said up to its end
+  7. Continuous batching   requests come and go at every step; the youngest gives way
+  8. The bugs people ship  five of them, each beside the correct run
+  9. The real world        Llama-3-8B: blocks, users, waste, one system prompt for a thousand
+"""
+import argparse, codecs, gc, os, random, sys, time
+from collections import OrderedDict, defaultdict
+from copy import copy
+from hashlib import sha256
+from math import ceil, exp, log, sqrt
+from operator import mul
+from pathlib import Path
+
+# 1. Autograd --------------------------------------------------------------------------------------
+# >>> shared: autograd (the same in every script; read it once)
+# A Value is a number that remembers its inputs and its derivative with respect to each. The order
+# of creation is a topological order: a tape of all computed Values, walked backwards, needs no sort
+# and no recursion. A dot product of n-vectors is ONE Value with 2n inputs, not 2n - 1 with two:
+# that is a fused kernel, and the difference between seconds and a minute. There is one tape, for
+# one graph at a time: backward() empties it, and what was computed before is constant afterwards.
+try: from math import sumprod            # since Python 3.12: a dot product in one C loop
+except ImportError:
+    def sumprod(a, b):
+        if len(a) != len(b): raise ValueError(f"{len(a)} numbers times {len(b)}")
+        return sum(map(mul, a, b))
+TAPE = []                                # every computed Value, in order of creation
+COUNT = defaultdict(int)                 # what the code really did, counted where it does it
+
+class Value:
+    __slots__ = ("data", "grad", "inputs", "partials")
+    def __init__(self, data, inputs=(), partials=()):
+        self.data, self.grad, self.inputs, self.partials = data, 0.0, inputs, partials
+        if inputs: TAPE.append(self)
+    def __add__(self, other):
+        if type(other) is not Value: return Value(self.data + other, (self,), (1.0,))
+        return Value(self.data + other.data, (self, other), (1.0, 1.0))
+    def __mul__(self, other):
+        if type(other) is not Value: return Value(self.data * other, (self,), (other,))
+        return Value(self.data * other.data, (self, other), (other.data, self.data))
+    def __pow__(self, n): return Value(self.data ** n, (self,), (n * self.data ** (n - 1),))
+    def __neg__(self): return self * -1.0
+    def __sub__(self, other): return self + -other
+    def __rsub__(self, other): return -self + other
+    def __truediv__(self, other): return self * other ** -1.0
+    __radd__, __rmul__ = __add__, __mul__
+    def backward(self):
+        """Add d self / d x to x.grad for every x that self was computed from; empty the tape."""
+        if self not in TAPE: raise ValueError("backward(): not on the tape (a leaf, or used up)")
+        self.grad = 1.0
+        while TAPE:
+            node = TAPE.pop()
+            if grad := node.grad:
+                for x, partial in zip(node.inputs, node.partials): x.grad += grad * partial
+
+def floats(vector):
+    """The data of a vector of Values; a vector of floats comes back as it is."""
+    return [x.data for x in vector] if type(vector[0]) is Value else vector
+
+def dot(a, b, x=None, y=None):
+    """a, b: [n], Values or floats -> their dot product. x, y: their floats, if already known."""
+    x, y = x or floats(a), y or floats(b)
+    COUNT["multiply-adds"] += len(x)
+    if x is a: return sumprod(x, y) if y is b else Value(sumprod(x, y), b, x)
+    return Value(sumprod(x, y), a, y) if y is b else Value(sumprod(x, y), [*a, *b], [*y, *x])
+
+def linear(xs, weight):
+    """xs [n][n_in], weight [n_out][n_in] -> [n][n_out]. The weight is read once for all n."""
+    COUNT["weights read"] += len(weight) * len(weight[0])
+    rows = [(row, floats(row)) for row in weight]
+    return [[dot(row, x, w, data) for row, w in rows] for x, data in [(x, floats(x)) for x in xs]]
+
+def relu(x):
+    return Value(max(x.data, 0.0), (x,), (float(x.data > 0),)) if type(x) is Value else max(x, 0.0)
+
+def softmax(vector):
+    """exp(x) / Σ exp(x). Subtracting the maximum cancels, and keeps exp from overflowing."""
+    x = floats(vector)
+    top = max(x)
+    e = [exp(value - top) for value in x]
+    total = sum(e)
+    p = [value / total for value in e]
+    if x is vector: return p
+    return [Value(p_i, vector, [p_i * ((i == j) - p_j) for j, p_j in enumerate(p)])
+            for i, p_i in enumerate(p)]
+
+def cross_entropy(logits, target):
+    """-log softmax(logits)[target] in nats, as one node: its gradient is softmax minus one-hot."""
+    x = floats(logits)
+    top = max(x)
+    logsumexp = top + log(sum(exp(value - top) for value in x))
+    if x is logits: return logsumexp - x[target]
+    slope = [exp(value - logsumexp) - (i == target) for i, value in enumerate(x)]
+    return Value(logsumexp - x[target], logits, slope)
+
+def train(parameters, loss_at, steps, rate):
+    """Minimise loss_at(step), a Value, by Adam (Kingma & Ba 2014), rate falling to 0 -> losses."""
+    means, squares, curve = [0.0] * len(parameters), [0.0] * len(parameters), []
+    for step in range(steps):
+        loss = loss_at(step)
+        loss.backward()
+        unbias = sqrt(1.0 - 0.99 ** (step + 1))
+        pace, eps = rate * (1.0 - step / steps) * unbias / (1.0 - 0.9 ** (step + 1)), 1e-8 * unbias
+        for i, p in enumerate(parameters):
+            means[i] = mean = 0.9 * means[i] + 0.1 * p.grad
+            squares[i] = square = 0.99 * squares[i] + 0.01 * p.grad * p.grad
+            p.data -= pace * mean / (sqrt(square) + eps)
+            p.grad = 0.0
+        curve.append(loss.data)
+        progress(f"training: step {step + 1} of {steps}, loss {loss.data:.3f}")
+    progress()
+    return curve
+# <<< shared: autograd
+
+def show_autograd(model, name):          # where keys and values lie may not change a derivative
+    paged, gradients = PagedCache(BlockPool(len(name), 2), [*range(len(name))][::-2], 0), []
+    for cache in KVCache(model.n_layers), paged:
+        cross_entropy(model.run(name, cache)[-1], BOUNDARY).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        for p in model.parameters(): p.grad = 0.0
+    print(f"  {len(gradients[0]):,} derivatives, in one piece and in blocks {paged.block_table}")
+    check("through a block table: the same gradient, bit for bit", gradients[0] == gradients[1])
+
+# 2. Data and model --------------------------------------------------------------------------------
+# >>> shared: names (the same in every script that learns names)
+NAMES = """
+aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
+andrew anna ariana astrid aurora ava barbara bella ben benjamin bruno camila carla carmen charles
+chloe clara claudia daisy dan dana daniel david diana diego dina dora edith elena eli elias ella
+ellen elsa emil emilia emily emma emmy enzo eric erin esther ethan eva eve evelyn fay felix fernando
+finn fiona flora frank frida gabriel gemma grace gwen hana hannah hans hazel helen helena henry
+hilda hugo irene iris isaac isabel ivan ivy jack jacob james jana jane jasmine jill joel john jon
+jonas jonathan jose josephine joy juan judy julia juliana june kai karen karim katarina kate kenji
+kevin kira klara kurt lana lara laura lea leah lena leo leon leona leonard lewis liam lidia lily
+lina lisa lola lorena louis lucas lucia lucy luis luisa luke luna lydia magdalena malik mara marco
+margaret maria marie marina mario mark marta martin mary matilda max maya mei mia michael mike mila
+milo miriam monica nadia naomi natalia nathan nicholas nils nina noah nora olga oliver olivia omar
+oscar otto pablo patricia paula pedro rachel raul ray rebecca rita robert roman rosa rosalind rosie
+ruby rudy ruth ryan sabina sam samuel sara sebastian simon sofia sonia sophia susan tara teresa theo
+thomas tina toby tom valeria vera veronica vincent william yasmin yuki yusuf zara zoe
+"""
+BOUNDARY = 0                             # the token before and after every name, printed as "."
+
+def read_names(path):
+    """The names in a text file, one a line; ValueError or OSError if it will not do."""
+    lines = Path(path).read_text("utf-8-sig").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    longest, letters = max(names, key=len, default=""), set("".join(names))
+    if len(names) < 20: raise ValueError(f"only {len(names)} names, at least 20 are needed")
+    if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")
+    if len(letters) > 100: raise ValueError(f"{len(letters)} different characters, at most 100")
+    return names
+
+def tokenize(names, rng):
+    """-> (vocabulary, names to train on, a tenth held out); a name is [BOUNDARY, ..., BOUNDARY]."""
+    vocabulary = ["."] + sorted(set("".join(names)))
+    token = {letter: i for i, letter in enumerate(vocabulary)}
+    rows = [[BOUNDARY, *(token[c] for c in name), BOUNDARY] for name in sorted(set(names))]
+    rng.shuffle(rows)
+    return vocabulary, rows[len(rows) // 10:], rows[:len(rows) // 10]
+# <<< shared: names
+
+# >>> shared: gpt (the same in every script that uses it)
+class KVCache:
+    """keys[layer][position] and values[layer][position]: [d_model], of all positions so far."""
+    def __init__(self, n_layers):
+        self.keys, self.values = [[] for _ in range(n_layers)], [[] for _ in range(n_layers)]
+    @property
+    def length(self): return len(self.keys[-1])
+    def append(self, layer, key, value):
+        """Add the next position of a layer -> all keys and all values of that layer."""
+        self.keys[layer].append(key)
+        self.values[layer].append(value)
+        return self.keys[layer], self.values[layer]
+    def truncate(self, length):
+        """Forget every position from `length` on."""
+        for vectors in self.keys + self.values: del vectors[length:]
+
+def add(a, b): return [x + y for x, y in zip(a, b)]
+
+def rmsnorm(x):
+    """x at a root mean square of 1, so that depth cannot blow it up. Zhang & Sennrich 2019."""
+    scale = (dot(x, x) / len(x) + 1e-5) ** -0.5
+    return [value * scale for value in x]
+
+def attend(query, keys, values, n_heads):
+    """One position looks at n. query [d_model], keys and values [n][d_model] -> [d_model]."""
+    head_dim, mixed = len(query) // n_heads, []
+    for start in range(0, len(query), head_dim):
+        head = slice(start, start + head_dim)
+        q = [x * head_dim ** -0.5 for x in query[head]]
+        weights = softmax([dot(q, key[head]) for key in keys])
+        mixed += [dot(weights, column) for column in zip(*(value[head] for value in values))]
+    return mixed
+
+class GPT:
+    """A decoder-only transformer: learned positions, RMSNorm before each part, ReLU, no biases."""
+    def __init__(self, vocab_size, rng, n_layers=1, d_model=16, n_heads=2, context=32):
+        self.n_layers, self.n_heads = n_layers, n_heads
+        self.d_model, self.context = d_model, context
+        shapes = {"token": (vocab_size, d_model), "position": (context, d_model)}
+        for i in range(n_layers):
+            for part in "query", "key", "value", "out": shapes[f"{part}{i}"] = (d_model, d_model)
+            shapes |= {f"up{i}": (4 * d_model, d_model), f"down{i}": (d_model, 4 * d_model)}
+        shapes["logits"] = (vocab_size, d_model)
+        self.weights = {name: [[Value(rng.gauss(0.0, 0.08)) for _ in range(n)] for _ in range(m)]
+                        for name, (m, n) in shapes.items()}
+    def parameters(self): return [p for rows in self.weights.values() for row in rows for p in row]
+    def frozen(self):
+        """The same model with floats for weights: running it builds no graph."""
+        twin = copy(self)
+        twin.weights = {name: list(map(floats, matrix)) for name, matrix in self.weights.items()}
+        return twin
+    def forward(self, rows):
+        """rows: [(token, position, cache)] -> logits [len(rows)][vocab_size].
+
+        A row enters its cache and then attends to all that is in it: consecutive positions with one
+        cache are a prompt, single positions with many caches a batch, and any mixture works."""
+        w = self.weights
+        xs = [add(w["token"][token], w["position"][position]) for token, position, _ in rows]
+        for i in range(self.n_layers):
+            normed = [rmsnorm(x) for x in xs]
+            q, k, v = (linear(normed, w[f"{part}{i}"]) for part in ("query", "key", "value"))
+            mixed = [attend(q[row], *cache.append(i, k[row], v[row]), self.n_heads)
+                     for row, (_, _, cache) in enumerate(rows)]
+            xs = list(map(add, xs, linear(mixed, w[f"out{i}"])))
+            hidden = [list(map(relu, h)) for h in linear([rmsnorm(x) for x in xs], w[f"up{i}"])]
+            xs = list(map(add, xs, linear(hidden, w[f"down{i}"])))
+        return linear([rmsnorm(x) for x in xs], w["logits"])
+    def run(self, tokens, cache, position=0):
+        """The next tokens of one sequence, the first at `position` -> the logits after each."""
+        return self.forward([(token, position + i, cache) for i, token in enumerate(tokens)])
+    def loss(self, names):
+        """Mean of -log p over the letters of the names, in nats; frozen, or it builds a graph."""
+        losses = [cross_entropy(logits, target) for name in names for logits, target
+                  in zip(self.run(name[:-1], KVCache(self.n_layers)), name[1:])]
+        return dot(losses, [1.0 / len(losses)] * len(losses))
+# <<< shared: gpt
+
+class Request:
+    """A prompt to continue by n_tokens tokens; the server does not look ahead to where it stops."""
+    def __init__(self, prompt, n_tokens, arrival=0, seed=0):
+        self.prompt, self.n_tokens, self.arrival = list(prompt), n_tokens, arrival
+        self.rng, self.tokens, self.logits = random.Random(seed), list(prompt), []
+        self.n_cached, self.history = 0, ""              # history: a character for each step
+    def take(self, logits, temperature=0.6):             # draws a token -> is it the last?
+        p = softmax([x / temperature for x in logits])
+        self.tokens.append(self.rng.choices(range(len(p)), p)[0])
+        self.logits.append(logits)
+        return len(self.logits) == self.n_tokens
+def error(model, r):
+    """The largest error of a logit; 0.0: bit for bit as for the same text alone, in one piece."""
+    right = model.run(r.tokens[:-1], KVCache(model.n_layers))[-r.n_tokens:]
+    return max(abs(x - y) for rows in zip(r.logits, right) for x, y in zip(*rows))
+def show_model(vocabulary, names, rng, n_steps=50, n_requests=12, most=20):
+    """-> (the tiny GPT after a short training, [(prompt, n_tokens, arrival, seed)])"""
+    def write(n): return [token for name in rng.sample(names, n) for token in name[:-1]]
+    model = GPT(len(vocabulary), rng, d_model=8, context=64)
+    def loss_at(step): return model.loss([write(2) + [BOUNDARY]])
+    losses = train(model.parameters(), loss_at, n_steps, 0.04)
+    print(f"  {n_steps} steps of training: {losses[0]:.2f} -> {losses[-1]:.2f} nats per letter")
+    start, arrival, trace = write(4)[:18], 0, []
+    for i in range(n_requests):          # lengths have heavy tails; three of four begin alike
+        own = write(min(4, int(rng.paretovariate(1.0))))[:most] + [BOUNDARY]
+        n_tokens = min(most, int(4 * rng.paretovariate(1.2)))
+        trace.append((start * (i % 4 < 3) + own, n_tokens, arrival, i))
+        arrival += rng.choice((0, 0, 1, 2))
+    return model.frozen(), trace
+
+# 3. Contiguous memory -----------------------------------------------------------------------------
+# A cache in one piece must be as long as the request may get. That wastes memory in three ways
+# (Kwon et al. 2023, section 3.1): RESERVATION, slots that the request will fill but has not yet;
+# INTERNAL fragmentation, slots that it never fills; EXTERNAL fragmentation, slots that are free,
+# enough for the next request, and useless, because they are not next to each other.
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+class OutOfBlocks(Exception): """Too little free memory at the moment; nothing has been changed."""
+def first_fit(memory, letter, n):
+    """memory: a character a slot, · if free -> the same with n slots in a row given to letter."""
+    if "·" * n not in memory: raise OutOfBlocks(f"{n} slots in a row, {memory.count('·')} free")
+    return memory.replace("·" * n, letter * n, 1)
+def show_contiguous():
+    memory, refused = "·" * 90, ""
+    for letter in "ABCDE": memory = first_fit(memory, letter, 18)
+    for letter in "ACE": memory = memory.replace(letter, "·")        # every other one has gone
+    try: first_fit(memory, "F", 19)
+    except OutOfBlocks as reason: refused = f"{reason}"
+    print(f"  {memory}")
+    check("in one piece: refused with enough free", refused and memory.count("·") >= 19, refused)
+
+# 4. Paging ----------------------------------------------------------------------------------------
+# Block i of a sequence holds its positions i * block_size and following; its block table tells
+# where in the pool that block lies. Only the last block can be partly empty, so a request wastes
+# less than a block however long it gets; and any free block will do: nothing is external.
+class BlockTable(list): """The blocks of a sequence, in order. tokens: what they hold; pool."""
+class BlockPool:
+    """A table in use is a reference to its blocks; those without one are in free_blocks, the next
+    to go first. memory[block][slot][layer]: (key, value). Kwon et al. 2023, section 4."""
+    n_to_run = 1                         # tokens of a prompt that may not come from the cache
+    def __init__(self, n_blocks, block_size, prefix_caching=True):
+        if min(n_blocks, block_size) < 1: raise ValueError(f"{n_blocks} blocks of {block_size}")
+        self.n_blocks, self.block_size, self.prefix_caching = n_blocks, block_size, prefix_caching
+        self.memory = [[{} for _ in range(block_size)] for _ in range(n_blocks)]
+        self.references, self.digests = [0] * n_blocks, [None] * n_blocks
+        self.free_blocks, self.cached = OrderedDict.fromkeys(range(n_blocks)), {}
+    n_free = property(lambda self: len(self.free_blocks))            # cached ones included
+    def ref_count(self, block): return self.references[block]
+    def allocate(self, token_ids):
+        """Room for a prompt -> (block_table, n_cached: tokens at its start that need no run)."""
+        hits = self.find(token_ids)
+        n_cached, idle = len(hits) * self.block_size, self.free_blocks.keys() & hits
+        self.demand(token_ids, ceil(len(token_ids) / self.block_size) - len(hits) + len(idle))
+        block_table = self.name(hits, token_ids[:n_cached])
+        self.write(block_table, token_ids[n_cached:])
+        return block_table, n_cached
+    def append(self, block_table, token_ids):
+        """Room for more tokens; a last block that is shared is copied first."""
+        self.verify(block_table)
+        shared, length = self.must_copy(block_table), len(block_table.tokens) + len(token_ids)
+        self.demand(token_ids, ceil(length / self.block_size) - len(block_table) + shared)
+        if shared:
+            old, block_table[-1] = block_table[-1], self.take()
+            self.memory[block_table[-1]] = [dict(slot) for slot in self.memory[old]]
+            self.references[old] -= 1
+            COUNT["copied"] += 1
+        self.write(block_table, token_ids)
+    def fork(self, block_table):
+        """A second table of the same blocks; nothing is copied yet."""
+        self.verify(block_table)
+        return self.name(block_table, block_table.tokens)
+    def free(self, block_table):
+        """Take a table out of use. Its last block goes first: without the others it is no use."""
+        self.verify(block_table)
+        block_table.pool = None
+        for block in reversed(block_table):
+            self.references[block] -= 1
+            if self.references[block] == 0: self.free_blocks[block] = None
+    def verify(self, block_table):
+        if getattr(block_table, "pool", None) is not self:
+            raise ValueError(f"table {list(block_table)} is not in use: freed, or of another pool")
+    def demand(self, token_ids, n):
+        if not token_ids: raise ValueError("room for 0 tokens: at least 1 is needed")
+        if n > self.n_free: raise OutOfBlocks(f"{n} blocks, {self.n_free} of {self.n_blocks} free")
+    def name(self, blocks, tokens):
+        block_table = BlockTable(blocks)
+        block_table.tokens, block_table.pool = list(tokens), self
+        for block in blocks:
+            self.free_blocks.pop(block, None)
+            self.references[block] += 1
+        return block_table
+    def take(self):
+        block, _ = self.free_blocks.popitem(last=False)
+        if self.cached.get(self.digests[block]) == block: del self.cached[self.digests[block]]
+        self.references[block], self.digests[block] = 1, None
+        return block
+    def must_copy(self, block_table):
+        return len(block_table.tokens) % self.block_size and self.references[block_table[-1]] > 1
+    # Section 6. Keys depend on all tokens before them, so a full block is known by the digest of a
+    # chain. Whoever could make digests collide would be served another user's text: no hash().
+    def digest(self, parent, tokens): return sha256(repr((parent, tokens)).encode()).digest()
+    def write(self, block_table, token_ids):
+        tokens, size = block_table.tokens, self.block_size
+        for token in token_ids:
+            if len(tokens) % size == 0: block_table.append(self.take())
+            tokens.append(token)
+            if len(tokens) % size == 0:
+                parent = self.digests[block_table[-2]] if len(block_table) > 1 else None
+                self.digests[block_table[-1]] = digest = self.digest(parent, tokens[-size:])
+                if self.prefix_caching: self.cached.setdefault(digest, block_table[-1])
+    def find(self, token_ids):
+        """Cached blocks of the first tokens; the last token must run, for its logits."""
+        blocks, digest, size = [], None, self.block_size
+        for end in range(size, len(token_ids) - self.n_to_run + 1, size):
+            digest = self.digest(digest, list(token_ids[end - size:end]))
+            if digest not in self.cached: break
+            blocks.append(self.cached[digest])
+        return blocks
+
+class PagedCache:
+    """What GPT.forward() needs of a cache. Production reads in place; here vectors are gathered."""
+    def __init__(self, pool, block_table, n_cached):
+        self.memory, self.size, self.block_table = pool.memory, pool.block_size, block_table
+        self.lengths = defaultdict(lambda: n_cached)     # of every layer
+    def append(self, layer, key, value):
+        block, slot = divmod(self.lengths[layer], self.size)
+        self.memory[self.block_table[block]][slot][layer] = key, value
+        self.lengths[layer] += 1
+        slots = [slot for block in self.block_table for slot in self.memory[block]]
+        return zip(*(slot[layer] for slot in slots[:self.lengths[layer]]))
+def run_batch(model, pool, batch):
+    """batch: [(block_table, tokens, n_cached)] -> the logits behind each, all in one pass."""
+    rows, ends = [], []
+    for block_table, tokens, n_cached in batch:
+        cache = PagedCache(pool, block_table, n_cached)
+        rows += [(tokens[i], i, cache) for i in range(n_cached, len(tokens))]
+        ends.append(len(rows) - 1)
+    COUNT["run"], COUNT["passes"] = COUNT["run"] + len(rows), COUNT["passes"] + 1
+    logits = model.forward(rows)
+    return [logits[end] for end in ends]
+
+# The slots of a request that has `now` tokens; tokens in % of the memory in Kwon et al., figure 2.
+# They measured external waste, too; here the first three policies have none, which flatters them.
+POLICIES = {"reserve the maximum": (lambda now, prompt, output: 512, 20.4),
+            "powers of two": (lambda now, prompt, output: prompt + 2 ** ceil(log(output, 2)), 26.8),
+            "the true length": (lambda now, prompt, output: prompt + output, 38.2),
+            "blocks of 64": (lambda now, *_: ceil(now / 64) * 64, "-"),
+            "blocks of 16": (lambda now, *_: ceil(now / 16) * 16, 96.3)}
+def memory_uses(lengths, room):
+    """-> [tokens; reservation, for tokens to come; internal, never used] in % of the slots."""
+    lives = [(now, room(now, p, o), p + o) for p, o in lengths for now in range(p, p + o)]
+    uses = [(now, min(n, end) - now, max(0, n - end)) for now, n, end in lives]
+    sums = [sum(column) for column in zip(*uses)]
+    return [100 * x / sum(sums) for x in sums]
+def show_paging(model, trace, rng, n_blocks=90, block_size=4):
+    engine, unused = Engine(model, BlockPool(n_blocks, block_size, False)), []       # section 7
+    requests = [engine.submit(*request) for request in trace]
+    while engine.waiting or engine.running:
+        engine.step()
+        blocks = ["·"] * n_blocks
+        for r in engine.running:
+            for block in r.block_table: blocks[block] = LETTERS[requests.index(r)]
+            unused += [len(r.block_table) * block_size - len(r.block_table.tokens)]
+        if engine.clock in (3, 7, 11, 15): print(f"  {''.join(blocks)}")
+    print()
+    lengths = [[min(256, int(16 * rng.paretovariate(1.0))) for _ in range(2)] for _ in range(60)]
+    uses = {name: memory_uses(lengths, room) for name, (room, _) in POLICIES.items()}
+    table(["% of the slots taken", "tokens", "reservation", "internal", "tokens in the paper"],
+          *([name, *(f"{x:.1f}" for x in uses[name]), POLICIES[name][1]] for name in uses))
+    check("in blocks: the logits of every request, bit for bit, as alone in one piece", all(
+        error(model, r) == 0.0 for r in requests))
+    check("a request leaves less than one block unused", max(unused) < block_size, max(unused))
+    return requests, uses
+
+# 5. Sharing ---------------------------------------------------------------------------------------
+# Several continuations of one prompt begin with the same blocks. fork() only counts them again. Who
+# writes into a block that others name copies it first; the last one to write finds itself alone,
+# and writes in place. (Beam search does the same, and frees the branches that it gives up.)
+def samples(model, pool, prompt, n_tokens, width):
+    """width continuations of a prompt that share its blocks -> (requests, most blocks in use)"""
+    t, n_cached = pool.allocate(prompt)
+    tables = [t] + [pool.fork(t) for _ in range(width - 1)]
+    requests = [Request(prompt, n_tokens, seed=i) for i in range(width)]
+    logits = run_batch(model, pool, [(t, prompt, n_cached)]) * width
+    while not any([r.take(row) for r, row in zip(requests, logits)]):
+        for r, t in zip(requests, tables): pool.append(t, r.tokens[-1:])
+        logits = run_batch(model, pool, [(t, t.tokens, len(t.tokens) - 1) for t in tables])
+    used = pool.n_blocks - pool.n_free
+    for t in tables: pool.free(t)
+    return requests, used
+def show_sharing(model, prompt, n_tokens=10, block_size=4):
+    rows, n, same = [], len(prompt), True
+    whole, every = n // block_size, ceil((n + n_tokens - 1) / block_size)
+    for width in (1, 2, 4, 8):
+        COUNT["copied"] = 0
+        requests, used = samples(model, BlockPool(200, block_size), prompt, n_tokens, width)
+        same = same and not any(error(model, r) for r in requests)
+        rows.append([f"{width}", width * every, used, whole + width * (every - whole),
+                     COUNT["copied"], (width - 1) * (n % block_size > 0)])
+    table([f"samples of {n} tokens", "alone", "shared", "formula", "copied", "formula"], *rows)
+    check("sampling: blocks counted = formula", all(row[2::2] == row[3::2] for row in rows))
+    check("samples that share: the logits of the same text alone, bit for bit", same)
+    return rows
+
+# 6. Prefix caching --------------------------------------------------------------------------------
+# Thousands of requests begin alike. A freed block keeps its content until it is taken, the least
+# recently used (LRU) first; until then the next prompt that begins so finds it: see find() above.
+def show_prefix_caching(model, requests, block_size=4):
+    pool, rows, same, seen = BlockPool(200, block_size), [], True, [[]]
+    for letter, r in [*zip(LETTERS, requests)][:5] + [("A again", requests[0])]:
+        before, n, (t, n_cached) = COUNT["multiply-adds"], len(r.prompt), pool.allocate(r.prompt)
+        same = same and run_batch(model, pool, [(t, r.prompt, n_cached)]) == r.logits[:1]
+        pool.free(t)
+        # The formula: full blocks of the longest start that an earlier prompt has in common.
+        alike = max(len(os.path.commonprefix([r.prompt, other])) for other in seen)
+        rows.append([letter, n, n_cached, min(alike, n - 1) // block_size * block_size,
+                     COUNT["multiply-adds"] - before])
+        seen.append(r.prompt)
+    table(["prompt", "tokens", "cached", "formula", "multiply-adds"], *rows)
+    check("with the prefix cache: the same logits, bit for bit", same)
+    check("tokens cached = formula, never the last", all(row[2] == row[3] < row[1] for row in rows))
+    return rows
+
+# 7. Continuous batching ---------------------------------------------------------------------------
+# A pass reads all weights, for one request or for many: a batch is nearly free. A static batch ends
+# with its longest member; scheduled at every step (Orca), a request comes in when its prompt fits.
+# When blocks run out the youngest is preempted: its blocks are freed, it heads the queue. The
+# oldest never gives way, and alone it has the whole pool: somebody always finishes.
+class Engine:
+    """Serves requests in the order of arrival, one pass a step. In vLLM: v1/core/sched."""
+    def __init__(self, model, pool, max_batch=8, static=False):
+        self.model, self.pool, self.max_batch, self.static = model, pool, max_batch, static
+        self.waiting, self.running, self.finished, self.clock = [], [], [], 0
+    def submit(self, prompt, n_tokens, arrival=0, seed=0):
+        """Queue a request that comes at step `arrival` -> Request; ValueError if it never fits."""
+        r = Request(prompt, n_tokens, max(arrival, self.clock), seed)
+        n, room = len(r.prompt) + n_tokens - 1, self.pool.n_blocks * self.pool.block_size
+        if min(len(r.prompt), n_tokens, self.max_batch) < 1 or n > min(self.model.context, room):
+            raise ValueError(f"a prompt of {len(r.prompt)} and {n_tokens} more tokens; the context "
+                             f"is {self.model.context}, the pool {room}, a batch {self.max_batch}")
+        self.waiting = sorted(self.waiting + [r], key=lambda r: r.arrival)
+        return r
+    def admit(self, r): r.block_table, r.n_cached = self.pool.allocate(r.tokens)
+    def schedule(self):
+        """Room for a token of everyone running, oldest first; then the queue -> who came in."""
+        i, admitted = 0, []
+        while i < len(self.running):
+            try: self.pool.append(self.running[i].block_table, self.running[i].tokens[-1:])
+            except OutOfBlocks:
+                self.waiting.insert(0, self.running.pop())           # the youngest
+                self.pool.free(self.waiting[0].block_table)
+            else: i += 1
+        if self.running and self.static: return admitted
+        while self.waiting and self.waiting[0].arrival <= self.clock and i < self.max_batch:
+            try: self.admit(self.waiting[0])
+            except OutOfBlocks: break
+            admitted.append(self.waiting.pop(0))
+            i += 1
+        self.running += admitted
+        return admitted
+    def step(self):
+        """Schedule, run one pass, draw a token for everyone in it -> the requests that are done."""
+        admitted, done = self.schedule(), []
+        for r in self.waiting:
+            if r.arrival <= self.clock: r.history += "x" if "▒" in r.history else "·"
+        batch = [(r.block_table, r.tokens, r.n_cached) for r in self.running]
+        for r, row in zip(self.running, run_batch(self.model, self.pool, batch) if batch else []):
+            r.history, r.n_cached = r.history + "█▒"[r in admitted], len(r.tokens)
+            if r.take(row): done.append(r)
+        for r in done: self.pool.free(r.block_table)
+        self.running = [r for r in self.running if r not in done]
+        self.finished, self.clock = self.finished + done, self.clock + 1
+        return done
+    def run(self):
+        """Until everybody is served -> all requests, in the order in which they finished."""
+        while self.waiting or self.running: self.step()
+        return self.finished
+def show_batching(model, vocabulary, trace, expected, block_size=4):
+    least = max(ceil((len(prompt) + n - 1) / block_size) for prompt, n, *_ in trace)
+    n, tokens, results, same = len(trace), sum(n for _, n, *_ in trace), {}, True
+    kinds = {"one at a time": (2 * least, True, 1), "static batches": (2 * least, True, 8, True),
+             "no prefix cache": (2 * least, False), "smallest pool": (least, True),
+             "continuous": (2 * least, True)}
+    for name, (n_blocks, caching, *options) in kinds.items():
+        COUNT.clear()
+        engine = Engine(model, BlockPool(n_blocks, block_size, caching), *options)
+        requests = [engine.submit(*request) for request in trace]
+        engine.run()
+        same = same and engine.pool.n_free == n_blocks and all(
+            (r.tokens, r.logits) == (e.tokens, e.logits) for r, e in zip(requests, expected))
+        waits, firsts = zip(*sorted((len(r.history), r.history.index("▒") + 1) for r in requests))
+        results[name] = {
+            "steps": engine.clock, "tokens run": COUNT["run"],
+            "batch": round(tokens / COUNT["passes"], 1), "first token": round(sum(firsts) / n, 1),
+            "last": round(sum(waits) / n, 1), "p95": waits[ceil(0.95 * n) - 1],
+            "preempted": sum(r.history.count("▒") - 1 for r in requests)}
+    table(["means, times in steps", *results[name]],
+          *([name, *figures.values()] for name, figures in results.items()))
+    print("\n  continuous:   · waiting   ▒ prefill   █ decode   x preempted")
+    for letter, r in zip(LETTERS, requests):
+        text = "".join(vocabulary[token] for token in r.tokens[len(r.prompt):])
+        print(f"  {letter} {' ' * r.arrival}{r.history} {text}"[:100])
+    check("any scheduler: the same tokens and logits, bit for bit, and no block lost", same)
+    return results
+
+# 8. The bugs people ship --------------------------------------------------------------------------
+class NothingToRun(BlockPool):           # all of a prompt may come from the cache
+    n_to_run = 0
+class HashAlone(BlockPool):              # a block is hashed without what comes before it
+    def digest(self, parent, tokens): return super().digest(None, tokens)
+class NeverCopies(BlockPool):            # forks go on writing into the block that they share
+    def must_copy(self, block_table): return False
+class FreesTwice(BlockPool):             # two parts of a server free the same table, unnoticed
+    def verify(self, block_table): pass
+    def free(self, block_table):
+        for _ in 1, 2: super().free(block_table)
+class StaleCount(Engine):                # a preempted request keeps its count of cached tokens
+    def admit(self, r): r.block_table, _ = self.pool.allocate(r.tokens)
+def show_bugs(model, a):
+    b = [(token + 1) % len(model.weights["token"]) for token in a]       # differs everywhere
+    def serve(engine, *requests):
+        for request in requests: engine.submit(*request)
+        return engine.run()
+    scenes = {
+        "the cache leaves no token to run": (BlockPool, NothingToRun, lambda kind: serve(
+            Engine(model, kind(20, 4)), (a[:8], 2), (b[:9], 2), (a[:8], 2))),
+        "blocks hashed without their prefix": (BlockPool, HashAlone, lambda kind: serve(
+            Engine(model, kind(20, 4)), (a[:8] + b[:8], 9), (b[:8] + a[:8], 9))),
+        "no copy-on-write": (BlockPool, NeverCopies, lambda kind: samples(
+            model, kind(9, 8), a[:2], 6, 3)[0]),
+        "a table freed twice": (BlockPool, FreesTwice, lambda kind: serve(
+            Engine(model, kind(6, 4), 2), (a[:9], 1), (a[:8] + b[:1], 8), (b[:9], 4))),
+        "a stale count after preemption": (Engine, StaleCount, lambda kind: serve(
+            kind(model, BlockPool(5, 4)), (a[:8], 9), (b[:8], 9)))}
+    symptoms = {bug: [max(error(model, r) for r in scene(kind)) for kind in kinds]
+                for bug, (*kinds, scene) in scenes.items()}
+    table(["largest error of a logit, in nats", "correct", "with the bug"],
+          *([bug, *(f"{x:.3f}" for x in errors)] for bug, errors in symptoms.items()))
+    check("each bug changes what the model predicts, and without it nothing does",
+          all(correct == 0.0 < wrong for correct, wrong in symptoms.values()))
+    return symptoms
+
+# 9. The real world --------------------------------------------------------------------------------
+# Llama-3-8B's public config file: layers, key/value heads, head_dim, weights, context. 16 bits.
+N_LAYERS, N_KV_HEADS, HEAD_DIM, N_WEIGHTS, CONTEXT = 32, 8, 128, 8.03e9, 8192
+MEMORY = {"RTX 4090": 24e9, "A100 80GB": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes
+def show_real_world(block_size=16, mean=1000, system=2048):
+    token, rows = 2 * 2 * N_LAYERS * N_KV_HEADS * HEAD_DIM, []       # a key and a value of 2 bytes
+    for device, memory in MEMORY.items():
+        n = int((memory - 2 * N_WEIGHTS) // (block_size * token))
+        rows.append([device, n, n * block_size // CONTEXT, n // ceil(mean / block_size)])
+    table(["Llama-3-8B on", f"blocks of {block_size}", f"users, {CONTEXT:,} tokens reserved",
+           f"{mean:,} in blocks"], *rows)
+    print(f"  A request wastes at most {(block_size - 1) * token / 2 ** 20:.2f} MiB; a table adds "
+          f"{4 / (block_size * token):.1e} (4 bytes a block).\n  {system:,} tokens for {mean:,} "
+          f"users: {mean * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB.")
+    return {"rows": rows, "token": token}
+
+# Report -------------------------------------------------------------------------------------------
+# >>> shared: report (printing, charts, checks, command line; the same in every script)
+CHECKS = []                              # (claim, does it hold?, the numbers behind it)
+
+def begin():
+    """Forget the previous run and print the title -> the time."""
+    for store in (TAPE, COUNT, CHECKS): store.clear()
+    print((__doc__ or "").split("\n")[0])
+    return time.perf_counter()
+
+def section(title): print(f"\n{title}\n{'─' * len(title)}")
+
+def progress(text=""):
+    if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
+
+def table(*rows):
+    """Aligned columns under a header, the first to the left and the others to the right."""
+    rows = [[f"{cell:,}" if type(cell) is int else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows[:1] + [["─" * width for width in widths]] + rows[1:]:
+        print(" ", row[0].ljust(widths[0]), *(f" {c:>{w}}" for c, w in zip(row[1:], widths[1:])))
+
+def short(x): return f"{x:,.0f}" if 1e4 <= abs(x) < 1e7 else f"{x:,.4g}"
+
+def bars(rows, unit="", width=50):
+    """A horizontal bar for each (label, value)."""
+    longest, top = max(len(label) for label, _ in rows), max(value for _, value in rows) or 1.0
+    for label, value in rows:
+        bar = "█" * round(width * value / top) or "▏"
+        print(f"  {label:<{longest}} {bar} {short(value)}{unit}")
+
+def plot(title, curves, log_x=False, log_y=False, width=80, height=12):
+    """{name: [(x, y), ...]} over common axes; each curve has its own mark, later ones on top."""
+    def cells(values, on_log, n):
+        at = [log(value) if on_log else value for value in values]
+        low, span = min(at), max(at) - min(at) or 1.0
+        return [round((x - low) / span * (n - 1)) for x in at]
+    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    marks = [mark for mark, curve in zip("●○▲△■", curves.values()) for _ in curve]
+    grid = [[" "] * width for _ in range(height)]
+    for mark, column, row in zip(marks, cells(xs, log_x, width), cells(ys, log_y, height)):
+        grid[-1 - row][column] = mark
+    print(f"  {title}\n ", *(f"  {mark} {name}" for mark, name in zip("●○▲△■", curves)))
+    for y, line in zip([short(max(ys))] + [""] * (height - 2) + [short(min(ys))], grid):
+        print(f"  {y:>9} │{''.join(line)}".rstrip())
+    print(f"  {'':9} └{short(min(xs)) + ' ':─<{width // 2}}{' ' + short(max(xs)):─>{width // 2}}")
+
+def heatmap(rows, low, high):
+    """A matrix as shades, from blank for `low` to solid for `high`."""
+    for row in rows:
+        shades = (" ░▒▓█"[round(4 * (value - low) / (high - low))] for value in row)
+        print(("   " + "".join(2 * shade for shade in shades)).rstrip())
+
+def check(claim, holds, numbers=""): CHECKS.append((claim, bool(holds), str(numbers)))
+
+def finish(started, **results):
+    """Print the checks and the time -> the results, with the checks among them."""
+    section("Checks")
+    for claim, holds, numbers in CHECKS:
+        print(f"  {'✓' if holds else '✗'} {claim}{numbers and f'  ({numbers})'}")
+    held = sum(holds for _, holds, _ in CHECKS)
+    print(f"\n{held} of {len(CHECKS)} checks hold. {time.perf_counter() - started:.1f} s")
+    return results | {"checks": {claim: holds for claim, holds, _ in CHECKS}}
+
+def run(main, **readers):
+    """The command line: --help, --seed N, and an option for each function that reads a file."""
+    if hasattr(sys, "ps1"): return main()                # pasted into a notebook
+    plain = dict(zip("✓✗█▓▒░▏─│└●○▲△■·→≤≥≈×√²", "vx##+.|-|`*o^A#.><>~xV2"))
+    def ascii_art(e): return "".join(plain.get(c, "?") for c in e.object[e.start:e.end]), e.end
+    codecs.register_error("ascii art", ascii_art)
+    sys.stdout.reconfigure(errors="ascii art")
+    style = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of all random numbers")
+    for name in readers: parser.add_argument(f"--{name}", metavar="FILE", help="UTF-8, one a line")
+    gc.disable()                         # graphs have no cycles for the collector to look for
+    try:
+        try:
+            options = {k: text for k, text in vars(parser.parse_args()).items() if text is not None}
+            for name in readers.keys() & options.keys():
+                try: options[name] = readers[name](options[name])
+                except (OSError, ValueError) as error: parser.error(f"--{name}: {error}")
+            sys.exit(not all(main(**options)["checks"].values()))
+        finally: sys.stdout.flush()
+    except KeyboardInterrupt: sys.exit(130)
+    except BrokenPipeError: os._exit(141)                # the reader has gone, as in `... | head`
+# <<< shared: report
+
+def main(seed=42, names=None):
+    """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
+    started, rng, results = begin(), random.Random(seed), {}
+    vocabulary, names, _ = tokenize(names or NAMES.split(), rng)
+    section("1. Autograd")
+    show_autograd(GPT(len(vocabulary), rng), names[0])
+    section("2. Data and model")
+    model, trace = show_model(vocabulary, names, rng)
+    section("3. Contiguous memory")
+    show_contiguous()
+    section("4. Paging")
+    requests, results["memory"] = show_paging(model, trace, rng)
+    section("5. Sharing")
+    results["branches"] = show_sharing(model, trace[0][0][:19])
+    section("6. Prefix caching")
+    results["prompts"] = show_prefix_caching(model, requests)
+    section("7. Continuous batching")
+    results["schedulers"] = show_batching(model, vocabulary, trace, requests)
+    section("8. The bugs people ship")
+    results["symptoms"] = show_bugs(model, trace[0][0])
+    section("9. The real world")
+    return finish(started, real_world=show_real_world(), **results)
+
+if __name__ == "__main__": run(main, names=read_names)
