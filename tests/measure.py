@@ -1,13 +1,19 @@
 """Print the README's table of scripts with fresh figures, to paste: python tests/measure.py
 
-Time: the median wall clock of three runs of each script; do it on an idle machine with Python 3.12.
+Time: the median of three runs, each divided by how much slower than the budgets' machine this one
+is just before and after it (the yardstick of collection.py). Use Python 3.12, and an idle machine.
 """
 import re
 import statistics
 import sys
 
-from collection import BUDGETS, ROOT, SCRIPTS, YARDSTICK, lines, yardstick
+from collection import BUDGETS, ROOT, SCRIPTS, YARDSTICK, lines, slowness, yardstick
 from conftest import run_script
+
+
+def scaled_seconds(name):
+    before, run, after = slowness(), run_script(name), slowness()
+    return run.seconds / ((before + after) / 2)
 
 
 def main():
@@ -18,7 +24,7 @@ def main():
     for row in re.findall(r"^\| .*micro\w+\.py.*\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M):
         name = re.search(r"micro\w+", row).group()
         if name in SCRIPTS:
-            seconds = statistics.median(run_script(name).seconds for _ in range(3))
+            seconds = statistics.median(scaled_seconds(name) for _ in range(3))
             total += seconds
             texts = [cell.strip() for cell in row.split("|")[2:4]]
             own, shared = lines(name)
