@@ -64,12 +64,15 @@ def test_runs_and_all_checks_hold(name, first_run):
 
 @every_script
 def test_keeps_its_wall_clock_budget(name, first_run):
-    seconds, limit = first_run(name).seconds, BUDGETS[name] * first_run(name).slowness
-    for _ in range(2):                   # a neighbour on the machine may have disturbed the first
+    # The budgets are for Python 3.12, where a dot product is one C call; before, microkv and
+    # microquant take 1.3 times as long on the same machine.
+    budget = BUDGETS[name] * (1.0 if sys.version_info >= (3, 12) else 1.3)
+    seconds, limit = first_run(name).seconds, budget * first_run(name).slowness
+    for _ in range(3):                   # a neighbour on the machine may have disturbed the first
         if seconds <= limit:
             break
-        limit = BUDGETS[name] * slowness()
-        seconds = run_script(name).seconds
+        before, seconds = slowness(), run_script(name).seconds
+        limit = budget * (before + slowness()) / 2
     assert seconds <= limit
 
 
