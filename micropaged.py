@@ -12,7 +12,7 @@ They can be shared, copied when written, found again by content, and taken back 
   2. Data and model        a tiny GPT learns names; requests to continue lists of names
   3. Contiguous memory     one piece per request, and the three ways in which it wastes
   4. Paging                blocks and block tables: the same logits, hardly any waste
-  5. Sharing               samples share blocks until they write: copy-on-write
+  5. Sharing               samples and beams share blocks until they write: copy-on-write
   6. Prefix caching        a block is found again by the hash of all that was said up to its end
   7. Continuous batching   requests come and go at every step; the youngest gives way
   8. The bugs people ship  five of them, each beside the correct run
@@ -22,6 +22,7 @@ import argparse, codecs, gc, os, random, sys, time
 from collections import OrderedDict, defaultdict
 from copy import copy
 from hashlib import sha256
+from itertools import accumulate
 from math import ceil, exp, log, sqrt
 from operator import mul
 from pathlib import Path
@@ -126,13 +127,16 @@ def train(parameters, loss_at, steps, rate):
     return curve
 # <<< shared: autograd
 
-def show_autograd(model, name):          # where keys and values lie may not change a derivative
-    paged, gradients = PagedCache(BlockPool(len(name), 2), [*range(len(name))][::-2], 0), []
-    for cache in KVCache(model.n_layers), paged:
-        cross_entropy(model.run(name, cache)[-1], BOUNDARY).backward()
+def show_autograd(model, name):
+    gradients, pool = [], BlockPool(len(name), 2)        # section 4 explains the pool
+    block_table, _ = pool.allocate(name)
+    for in_blocks in False, True:
+        logits = (run_batch(model, pool, [(block_table, 0)]) if in_blocks else
+                  model.run(name, KVCache(model.n_layers)))
+        cross_entropy(logits[-1], BOUNDARY).backward()
         gradients.append([p.grad for p in model.parameters()])
         for p in model.parameters(): p.grad = 0.0
-    print(f"  {len(gradients[0]):,} derivatives, in one piece and in blocks {paged.block_table}")
+    print(f"  {len(gradients[0]):,} derivatives, in one piece and in blocks {block_table}")
     check("through a block table: the same gradient, bit for bit", gradients[0] == gradients[1])
 
 # 2. Data and model --------------------------------------------------------------------------------
@@ -173,7 +177,6 @@ def tokenize(names, rng):
     rng.shuffle(rows)
     return vocabulary, rows[len(rows) // 10:], rows[:len(rows) // 10]
 # <<< shared: names
-
 # >>> shared: gpt (the same in every script that uses it)
 class KVCache:
     """keys[layer][position] and values[layer][position]: [d_model], of all positions so far."""
@@ -257,28 +260,29 @@ class Request:
         self.prompt, self.n_tokens, self.arrival = list(prompt), n_tokens, arrival
         self.rng, self.tokens, self.logits = random.Random(seed), list(prompt), []
         self.n_cached, self.history = 0, ""              # history: a character for each step
-    def take(self, logits, temperature=0.6):             # draws a token -> is it the last?
-        p = softmax([x / temperature for x in logits])
+    def take(self, logits):              # draws the next token, at temperature 0.6 -> the last?
+        p = softmax([x / 0.6 for x in logits])
         self.tokens.append(self.rng.choices(range(len(p)), p)[0])
         self.logits.append(logits)
         return len(self.logits) == self.n_tokens
-def error(model, r):
-    """The largest error of a logit; 0.0: bit for bit as for the same text alone, in one piece."""
-    right = model.run(r.tokens[:-1], KVCache(model.n_layers))[-r.n_tokens:]
-    return max(abs(x - y) for rows in zip(r.logits, right) for x, y in zip(*rows))
-def show_model(vocabulary, names, rng, n_steps=50, n_requests=12, most=20):
+def error(model, tokens, logits):
+    """The largest error of the logits behind the last tokens; 0.0: as alone and in one piece."""
+    right = model.run(tokens, KVCache(model.n_layers))[-len(logits):]
+    return max(abs(x - y) for rows in zip(logits, right) for x, y in zip(*rows))
+
+def show_model(vocabulary, names, rng, n_steps=80, n_requests=12, most=20):
     """-> (the tiny GPT after a short training, [(prompt, n_tokens, arrival, seed)])"""
     def write(n): return [token for name in rng.sample(names, n) for token in name[:-1]]
     model = GPT(len(vocabulary), rng, d_model=8, context=64)
-    def loss_at(step): return model.loss([write(2) + [BOUNDARY]])
-    losses = train(model.parameters(), loss_at, n_steps, 0.04)
-    print(f"  {n_steps} steps of training: {losses[0]:.2f} -> {losses[-1]:.2f} nats per letter")
+    losses = train(model.parameters(), lambda _: model.loss([write(2) + [0]]), n_steps, 0.04)
     start, arrival, trace = write(4)[:18], 0, []
     for i in range(n_requests):          # lengths have heavy tails; three of four begin alike
         own = write(min(4, int(rng.paretovariate(1.0))))[:most] + [BOUNDARY]
         n_tokens = min(most, int(4 * rng.paretovariate(1.2)))
         trace.append((start * (i % 4 < 3) + own, n_tokens, arrival, i))
         arrival += rng.choice((0, 0, 1, 2))
+    shared = "".join(vocabulary[token] for token in start)
+    print(f"  loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per letter; prompts like {shared}")
     return model.frozen(), trace
 
 # 3. Contiguous memory -----------------------------------------------------------------------------
@@ -292,30 +296,29 @@ def first_fit(memory, letter, n):
     """memory: a character a slot, · if free -> the same with n slots in a row given to letter."""
     if "·" * n not in memory: raise OutOfBlocks(f"{n} slots in a row, {memory.count('·')} free")
     return memory.replace("·" * n, letter * n, 1)
+
 def show_contiguous():
-    memory, refused = "·" * 90, ""
-    for letter in "ABCDE": memory = first_fit(memory, letter, 18)
-    for letter in "ACE": memory = memory.replace(letter, "·")        # every other one has gone
+    memory, refused = "".join(letter * 18 for letter in "·B·D·"), ""     # A, C and E have gone
     try: first_fit(memory, "F", 19)
     except OutOfBlocks as reason: refused = f"{reason}"
-    print(f"  {memory}")
+    print(f"  {memory}\n  refused: {refused}")
     check("in one piece: refused with enough free", refused and memory.count("·") >= 19, refused)
 
 # 4. Paging ----------------------------------------------------------------------------------------
 # Block i of a sequence holds its positions i * block_size and following; its block table tells
 # where in the pool that block lies. Only the last block can be partly empty, so a request wastes
 # less than a block however long it gets; and any free block will do: nothing is external.
-class BlockTable(list): """The blocks of a sequence, in order. tokens: what they hold; pool."""
+class BlockTable(list): """The blocks of a sequence, in order. tokens: what they hold."""
 class BlockPool:
-    """A table in use is a reference to its blocks; those without one are in free_blocks, the next
-    to go first. memory[block][slot][layer]: (key, value). Kwon et al. 2023, section 4."""
+    """memory[block][slot][layer]: (key, value). A block is in use by references[block] tables, or
+    by none: then it is in free_blocks, the next to be taken first. Kwon et al. 2023, section 4."""
     n_to_run = 1                         # tokens of a prompt that may not come from the cache
     def __init__(self, n_blocks, block_size, prefix_caching=True):
         if min(n_blocks, block_size) < 1: raise ValueError(f"{n_blocks} blocks of {block_size}")
         self.n_blocks, self.block_size, self.prefix_caching = n_blocks, block_size, prefix_caching
         self.memory = [[{} for _ in range(block_size)] for _ in range(n_blocks)]
-        self.references, self.digests = [0] * n_blocks, [None] * n_blocks
-        self.free_blocks, self.cached = OrderedDict.fromkeys(range(n_blocks)), {}
+        self.references, self.digests = [0] * n_blocks, [None] * n_blocks    # digests: section 6
+        self.free_blocks, self.tables = OrderedDict.fromkeys(range(n_blocks)), {}
     n_free = property(lambda self: len(self.free_blocks))            # cached ones included
     def ref_count(self, block): return self.references[block]
     def allocate(self, token_ids):
@@ -323,7 +326,7 @@ class BlockPool:
         hits = self.find(token_ids)
         n_cached, idle = len(hits) * self.block_size, self.free_blocks.keys() & hits
         self.demand(token_ids, ceil(len(token_ids) / self.block_size) - len(hits) + len(idle))
-        block_table = self.name(hits, token_ids[:n_cached])
+        block_table = self.refer(hits, token_ids[:n_cached])
         self.write(block_table, token_ids[n_cached:])
         return block_table, n_cached
     def append(self, block_table, token_ids):
@@ -340,79 +343,68 @@ class BlockPool:
     def fork(self, block_table):
         """A second table of the same blocks; nothing is copied yet."""
         self.verify(block_table)
-        return self.name(block_table, block_table.tokens)
+        return self.refer(block_table, block_table.tokens)
     def free(self, block_table):
         """Take a table out of use. Its last block goes first: without the others it is no use."""
         self.verify(block_table)
-        block_table.pool = None
+        self.tables.pop(id(block_table), None)
         for block in reversed(block_table):
             self.references[block] -= 1
             if self.references[block] == 0: self.free_blocks[block] = None
+    # What the four operations are made of: two guards, which come before any change, then the work.
     def verify(self, block_table):
-        if getattr(block_table, "pool", None) is not self:
-            raise ValueError(f"table {list(block_table)} is not in use: freed, or of another pool")
+        if id(block_table) not in self.tables: raise ValueError(f"not in use: {list(block_table)}")
     def demand(self, token_ids, n):
         if not token_ids: raise ValueError("room for 0 tokens: at least 1 is needed")
         if n > self.n_free: raise OutOfBlocks(f"{n} blocks, {self.n_free} of {self.n_blocks} free")
-    def name(self, blocks, tokens):
+    def refer(self, blocks, tokens):     # a new table of old blocks
         block_table = BlockTable(blocks)
-        block_table.tokens, block_table.pool = list(tokens), self
+        block_table.tokens, self.tables[id(block_table)] = list(tokens), block_table
         for block in blocks:
             self.free_blocks.pop(block, None)
             self.references[block] += 1
         return block_table
-    def take(self):
+    def take(self):                      # a free block; what it held can be found no more
         block, _ = self.free_blocks.popitem(last=False)
-        if self.cached.get(self.digests[block]) == block: del self.cached[self.digests[block]]
         self.references[block], self.digests[block] = 1, None
         return block
-    def must_copy(self, block_table):
+    def must_copy(self, block_table):    # partly filled, and not only mine
         return len(block_table.tokens) % self.block_size and self.references[block_table[-1]] > 1
-    # Section 6. Keys depend on all tokens before them, so a full block is known by the digest of a
-    # chain. Whoever could make digests collide would be served another user's text: no hash().
+    # For section 6. Whoever could make digests collide would be served another's text: no hash().
     def digest(self, parent, tokens): return sha256(repr((parent, tokens)).encode()).digest()
     def write(self, block_table, token_ids):
         tokens, size = block_table.tokens, self.block_size
         for token in token_ids:
             if len(tokens) % size == 0: block_table.append(self.take())
             tokens.append(token)
-            if len(tokens) % size == 0:
+            if len(tokens) % size == 0 and self.prefix_caching:
                 parent = self.digests[block_table[-2]] if len(block_table) > 1 else None
-                self.digests[block_table[-1]] = digest = self.digest(parent, tokens[-size:])
-                if self.prefix_caching: self.cached.setdefault(digest, block_table[-1])
+                self.digests[block_table[-1]] = self.digest(parent, tokens[-size:])
     def find(self, token_ids):
         """Cached blocks of the first tokens; the last token must run, for its logits."""
         blocks, digest, size = [], None, self.block_size
         for end in range(size, len(token_ids) - self.n_to_run + 1, size):
             digest = self.digest(digest, list(token_ids[end - size:end]))
-            if digest not in self.cached: break
-            blocks.append(self.cached[digest])
+            if digest not in self.digests: break         # production looks it up in a dictionary
+            blocks.append(self.digests.index(digest))
         return blocks
 
 class PagedCache:
     """What GPT.forward() needs of a cache. Production reads in place; here vectors are gathered."""
-    def __init__(self, pool, block_table, n_cached):
-        self.memory, self.size, self.block_table = pool.memory, pool.block_size, block_table
-        self.lengths = defaultdict(lambda: n_cached)     # of every layer
+    def __init__(self, pool, block_table, position):
+        self.slots = [slot for block in block_table for slot in pool.memory[block]][:position + 1]
     def append(self, layer, key, value):
-        block, slot = divmod(self.lengths[layer], self.size)
-        self.memory[self.block_table[block]][slot][layer] = key, value
-        self.lengths[layer] += 1
-        slots = [slot for block in self.block_table for slot in self.memory[block]]
-        return zip(*(slot[layer] for slot in slots[:self.lengths[layer]]))
+        self.slots[-1][layer] = key, value
+        return zip(*(slot[layer] for slot in self.slots))
 def run_batch(model, pool, batch):
-    """batch: [(block_table, tokens, n_cached)] -> the logits behind each, all in one pass."""
-    rows, ends = [], []
-    for block_table, tokens, n_cached in batch:
-        cache = PagedCache(pool, block_table, n_cached)
-        rows += [(tokens[i], i, cache) for i in range(n_cached, len(tokens))]
-        ends.append(len(rows) - 1)
+    """batch: [(block_table, n_cached)], the rest to run -> the logits behind each, in one pass."""
+    rows = [(table.tokens[i], i, PagedCache(pool, table, i))
+            for table, n_cached in batch for i in range(n_cached, len(table.tokens))]
     COUNT["run"], COUNT["passes"] = COUNT["run"] + len(rows), COUNT["passes"] + 1
-    logits = model.forward(rows)
-    return [logits[end] for end in ends]
+    logits, lengths = model.forward(rows), [len(table.tokens) - n for table, n in batch]
+    return [logits[end - 1] for end in accumulate(lengths)]
 
-# The slots of a request that has `now` tokens; tokens in % of the memory in Kwon et al., figure 2.
-# They measured external waste, too; here the first three policies have none, which flatters them.
+# The slots of a request of `now` tokens; Kwon's tokens in %, figure 2, external waste included.
 POLICIES = {"reserve the maximum": (lambda now, prompt, output: 512, 20.4),
             "powers of two": (lambda now, prompt, output: prompt + 2 ** ceil(log(output, 2)), 26.8),
             "the true length": (lambda now, prompt, output: prompt + output, 38.2),
@@ -424,15 +416,15 @@ def memory_uses(lengths, room):
     uses = [(now, min(n, end) - now, max(0, n - end)) for now, n, end in lives]
     sums = [sum(column) for column in zip(*uses)]
     return [100 * x / sum(sums) for x in sums]
+
 def show_paging(model, trace, rng, n_blocks=90, block_size=4):
-    engine, unused = Engine(model, BlockPool(n_blocks, block_size, False)), []       # section 7
+    engine = Engine(model, BlockPool(n_blocks, block_size, False))       # section 7
     requests = [engine.submit(*request) for request in trace]
     while engine.waiting or engine.running:
         engine.step()
         blocks = ["·"] * n_blocks
         for r in engine.running:
             for block in r.block_table: blocks[block] = LETTERS[requests.index(r)]
-            unused += [len(r.block_table) * block_size - len(r.block_table.tokens)]
         if engine.clock in (3, 7, 11, 15): print(f"  {''.join(blocks)}")
     print()
     lengths = [[min(256, int(16 * rng.paretovariate(1.0))) for _ in range(2)] for _ in range(60)]
@@ -440,52 +432,67 @@ def show_paging(model, trace, rng, n_blocks=90, block_size=4):
     table(["% of the slots taken", "tokens", "reservation", "internal", "tokens in the paper"],
           *([name, *(f"{x:.1f}" for x in uses[name]), POLICIES[name][1]] for name in uses))
     check("in blocks: the logits of every request, bit for bit, as alone in one piece", all(
-        error(model, r) == 0.0 for r in requests))
-    check("a request leaves less than one block unused", max(unused) < block_size, max(unused))
+        error(model, r.tokens[:-1], r.logits) == 0.0 for r in requests))
     return requests, uses
 
 # 5. Sharing ---------------------------------------------------------------------------------------
-# Several continuations of one prompt begin with the same blocks. fork() only counts them again. Who
-# writes into a block that others name copies it first; the last one to write finds itself alone,
-# and writes in place. (Beam search does the same, and frees the branches that it gives up.)
-def samples(model, pool, prompt, n_tokens, width):
-    """width continuations of a prompt that share its blocks -> (requests, most blocks in use)"""
-    t, n_cached = pool.allocate(prompt)
-    tables = [t] + [pool.fork(t) for _ in range(width - 1)]
-    requests = [Request(prompt, n_tokens, seed=i) for i in range(width)]
-    logits = run_batch(model, pool, [(t, prompt, n_cached)]) * width
-    while not any([r.take(row) for r, row in zip(requests, logits)]):
-        for r, t in zip(requests, tables): pool.append(t, r.tokens[-1:])
-        logits = run_batch(model, pool, [(t, t.tokens, len(t.tokens) - 1) for t in tables])
-    used = pool.n_blocks - pool.n_free
-    for t in tables: pool.free(t)
-    return requests, used
-def show_sharing(model, prompt, n_tokens=10, block_size=4):
+# Texts with one beginning share its blocks: fork() only counts them again. Who writes into a block
+# of several copies it first; the last to write is alone, and writes in place: of k samples, k - 1
+# copy the last block of a prompt that does not fill it. Beams share more: they are forks of forks.
+def branch(model, pool, prompt, n_tokens, choose, n_branches=1):
+    """Grow several texts -> ([(tokens, [logits behind them])], blocks in use at the end).
+
+    choose(log p of each branch, logits of each) -> [(branch, token)] to go on with."""
+    table, n_cached = pool.allocate(prompt)
+    log_ps, logits = [0.0] * n_branches, run_batch(model, pool, [(table, n_cached)]) * n_branches
+    tables = [table] + [pool.fork(table) for _ in range(n_branches - 1)]
+    for _ in range(n_tokens):
+        log_ps, children, tokens = zip(*(
+            (log_ps[i] - cross_entropy(logits[i], token), pool.fork(tables[i]), token)
+            for i, token in choose(log_ps, logits)))
+        for table in tables: pool.free(table)
+        tables = children
+        for table, token in zip(tables, tokens): pool.append(table, [token])
+        logits = run_batch(model, pool, [(table, len(table.tokens) - 1) for table in tables])
+    for table in tables: pool.free(table)
+    return [(table.tokens, [row]) for table, row in zip(tables, logits)], len(set().union(*tables))
+def likeliest(log_ps, logits, width=4):
+    """Beam search: of all continuations of all branches, the most probable go on (microbeam)."""
+    losses = [(cross_entropy(row, token) - log_p, i, token)
+              for i, (log_p, row) in enumerate(zip(log_ps, logits)) for token in range(len(row))]
+    return [(i, token) for _, i, token in sorted(losses)[:width]]
+
+def show_sharing(model, prompt, rng, n_tokens=10, block_size=4):
+    def sample(_, logits):
+        return [(i, rng.choices(range(len(row)), softmax(row))[0]) for i, row in enumerate(logits)]
     rows, n, same = [], len(prompt), True
-    whole, every = n // block_size, ceil((n + n_tokens - 1) / block_size)
-    for width in (1, 2, 4, 8):
+    whole, every = n // block_size, ceil((n + n_tokens) / block_size)
+    kinds = [(f"{k} samples", sample, k) for k in (1, 2, 4, 8)] + [("4 beams", likeliest, 1)]
+    for name, choose, start in kinds:
         COUNT["copied"] = 0
-        requests, used = samples(model, BlockPool(200, block_size), prompt, n_tokens, width)
-        same = same and not any(error(model, r) for r in requests)
-        rows.append([f"{width}", width * every, used, whole + width * (every - whole),
-                     COUNT["copied"], (width - 1) * (n % block_size > 0)])
-    table([f"samples of {n} tokens", "alone", "shared", "formula", "copied", "formula"], *rows)
-    check("sampling: blocks counted = formula", all(row[2::2] == row[3::2] for row in rows))
-    check("samples that share: the logits of the same text alone, bit for bit", same)
+        texts, used = branch(model, BlockPool(99, block_size), prompt, n_tokens, choose, start)
+        same, k = same and not any(error(model, *text) for text in texts), len(texts)
+        rows.append([name, k * every, used, whole + k * (every - whole),
+                     COUNT["copied"], (k - 1) * (n % block_size > 0)])
+    table([f"{n} tokens and {n_tokens} more", "blocks alone", "shared", "formula for samples",
+           "copied", "formula for samples"], *rows)
+    check("samples: blocks and copies counted = formula; beams: no more blocks than that",
+          all(row[2::2] == row[3::2] for row in rows[:-1]) and rows[-1][2] <= rows[-1][3])
+    check("branches that share: the logits of the same text alone, bit for bit", same)
     return rows
 
 # 6. Prefix caching --------------------------------------------------------------------------------
 # Thousands of requests begin alike. A freed block keeps its content until it is taken, the least
-# recently used (LRU) first; until then the next prompt that begins so finds it: see find() above.
+# recently used first (LRU); until then a prompt finds it by the digest of all text up to its end.
 def show_prefix_caching(model, requests, block_size=4):
     pool, rows, same, seen = BlockPool(200, block_size), [], True, [[]]
     for letter, r in [*zip(LETTERS, requests)][:5] + [("A again", requests[0])]:
-        before, n, (t, n_cached) = COUNT["multiply-adds"], len(r.prompt), pool.allocate(r.prompt)
-        same = same and run_batch(model, pool, [(t, r.prompt, n_cached)]) == r.logits[:1]
-        pool.free(t)
+        before, (block_table, n_cached) = COUNT["multiply-adds"], pool.allocate(r.prompt)
+        same = same and run_batch(model, pool, [(block_table, n_cached)]) == r.logits[:1]
+        pool.free(block_table)
         # The formula: full blocks of the longest start that an earlier prompt has in common.
-        alike = max(len(os.path.commonprefix([r.prompt, other])) for other in seen)
-        rows.append([letter, n, n_cached, min(alike, n - 1) // block_size * block_size,
+        alike = max(len(os.path.commonprefix([r.prompt[:-1], other])) for other in seen)
+        rows.append([letter, len(r.prompt), n_cached, alike // block_size * block_size,
                      COUNT["multiply-adds"] - before])
         seen.append(r.prompt)
     table(["prompt", "tokens", "cached", "formula", "multiply-adds"], *rows)
@@ -532,39 +539,39 @@ class Engine:
         return admitted
     def step(self):
         """Schedule, run one pass, draw a token for everyone in it -> the requests that are done."""
-        admitted, done = self.schedule(), []
+        admitted = self.schedule()
         for r in self.waiting:
             if r.arrival <= self.clock: r.history += "x" if "▒" in r.history else "·"
-        batch = [(r.block_table, r.tokens, r.n_cached) for r in self.running]
-        for r, row in zip(self.running, run_batch(self.model, self.pool, batch) if batch else []):
+        batch = [(r.block_table, r.n_cached) for r in self.running]
+        logits = run_batch(self.model, self.pool, batch) if batch else []
+        for r in self.running:
             r.history, r.n_cached = r.history + "█▒"[r in admitted], len(r.tokens)
-            if r.take(row): done.append(r)
+        done = [r for r, row in zip(self.running, logits) if r.take(row)]
         for r in done: self.pool.free(r.block_table)
         self.running = [r for r in self.running if r not in done]
         self.finished, self.clock = self.finished + done, self.clock + 1
         return done
     def run(self):
-        """Until everybody is served -> all requests, in the order in which they finished."""
         while self.waiting or self.running: self.step()
-        return self.finished
+        return self.finished             # in the order in which they were done
+
 def show_batching(model, vocabulary, trace, expected, block_size=4):
     least = max(ceil((len(prompt) + n - 1) / block_size) for prompt, n, *_ in trace)
     n, tokens, results, same = len(trace), sum(n for _, n, *_ in trace), {}, True
-    kinds = {"one at a time": (2 * least, True, 1), "static batches": (2 * least, True, 8, True),
-             "no prefix cache": (2 * least, False), "smallest pool": (least, True),
-             "continuous": (2 * least, True)}
-    for name, (n_blocks, caching, *options) in kinds.items():
+    kinds = {"one at a time": (2, True, 1), "static batches": (2, True, 8, True),
+             "no prefix cache": (2, False), "smallest pool": (1, True), "continuous": (2, True)}
+    for name, (size, caching, *options) in kinds.items():
         COUNT.clear()
-        engine = Engine(model, BlockPool(n_blocks, block_size, caching), *options)
+        engine = Engine(model, BlockPool(size * least, block_size, caching), *options)
         requests = [engine.submit(*request) for request in trace]
         engine.run()
-        same = same and engine.pool.n_free == n_blocks and all(
+        same = same and engine.pool.n_free == size * least and all(
             (r.tokens, r.logits) == (e.tokens, e.logits) for r, e in zip(requests, expected))
         waits, firsts = zip(*sorted((len(r.history), r.history.index("▒") + 1) for r in requests))
         results[name] = {
             "steps": engine.clock, "tokens run": COUNT["run"],
             "batch": round(tokens / COUNT["passes"], 1), "first token": round(sum(firsts) / n, 1),
-            "last": round(sum(waits) / n, 1), "p95": waits[ceil(0.95 * n) - 1],
+            "last": round(sum(waits) / n, 1), "p95 of last": waits[ceil(0.95 * n) - 1],
             "preempted": sum(r.history.count("▒") - 1 for r in requests)}
     table(["means, times in steps", *results[name]],
           *([name, *figures.values()] for name, figures in results.items()))
@@ -576,37 +583,35 @@ def show_batching(model, vocabulary, trace, expected, block_size=4):
     return results
 
 # 8. The bugs people ship --------------------------------------------------------------------------
-class NothingToRun(BlockPool):           # all of a prompt may come from the cache
-    n_to_run = 0
+class NothingToRun(BlockPool): n_to_run = 0              # all of a prompt may come from the cache
 class HashAlone(BlockPool):              # a block is hashed without what comes before it
     def digest(self, parent, tokens): return super().digest(None, tokens)
-class NeverCopies(BlockPool):            # forks go on writing into the block that they share
-    def must_copy(self, block_table): return False
+class NeverCopies(BlockPool): must_copy = lambda *_: False         # forks write where they share
 class FreesTwice(BlockPool):             # two parts of a server free the same table, unnoticed
     def verify(self, block_table): pass
-    def free(self, block_table):
-        for _ in 1, 2: super().free(block_table)
+    def free(self, block_table): super().free(block_table), super().free(block_table)
 class StaleCount(Engine):                # a preempted request keeps its count of cached tokens
     def admit(self, r): r.block_table, _ = self.pool.allocate(r.tokens)
 def show_bugs(model, a):
     b = [(token + 1) % len(model.weights["token"]) for token in a]       # differs everywhere
     def serve(engine, *requests):
         for request in requests: engine.submit(*request)
-        return engine.run()
+        return [(r.tokens[:-1], r.logits) for r in engine.run()]
+    def apart(_, logits): return [(i, i) for i in range(len(logits))]
     scenes = {
-        "the cache leaves no token to run": (BlockPool, NothingToRun, lambda kind: serve(
+        "the cache leaves no token to run": (NothingToRun, lambda kind: serve(
             Engine(model, kind(20, 4)), (a[:8], 2), (b[:9], 2), (a[:8], 2))),
-        "blocks hashed without their prefix": (BlockPool, HashAlone, lambda kind: serve(
+        "blocks hashed without their prefix": (HashAlone, lambda kind: serve(
             Engine(model, kind(20, 4)), (a[:8] + b[:8], 9), (b[:8] + a[:8], 9))),
-        "no copy-on-write": (BlockPool, NeverCopies, lambda kind: samples(
-            model, kind(9, 8), a[:2], 6, 3)[0]),
-        "a table freed twice": (BlockPool, FreesTwice, lambda kind: serve(
+        "no copy-on-write": (NeverCopies, lambda kind: branch(
+            model, kind(9, 8), a[:2], 6, apart, 3)[0]),
+        "a table freed twice": (FreesTwice, lambda kind: serve(
             Engine(model, kind(6, 4), 2), (a[:9], 1), (a[:8] + b[:1], 8), (b[:9], 4))),
-        "a stale count after preemption": (Engine, StaleCount, lambda kind: serve(
+        "a stale count after preemption": (StaleCount, lambda kind: serve(
             kind(model, BlockPool(5, 4)), (a[:8], 9), (b[:8], 9)))}
-    symptoms = {bug: [max(error(model, r) for r in scene(kind)) for kind in kinds]
-                for bug, (*kinds, scene) in scenes.items()}
-    table(["largest error of a logit, in nats", "correct", "with the bug"],
+    symptoms = {bug: [max(error(model, *text) for text in scene(kind))
+                      for kind in (bad.__base__, bad)] for bug, (bad, scene) in scenes.items()}
+    table(["largest error of a logit", "correct", "with the bug"],
           *([bug, *(f"{x:.3f}" for x in errors)] for bug, errors in symptoms.items()))
     check("each bug changes what the model predicts, and without it nothing does",
           all(correct == 0.0 < wrong for correct, wrong in symptoms.values()))
@@ -622,10 +627,10 @@ def show_real_world(block_size=16, mean=1000, system=2048):
         n = int((memory - 2 * N_WEIGHTS) // (block_size * token))
         rows.append([device, n, n * block_size // CONTEXT, n // ceil(mean / block_size)])
     table(["Llama-3-8B on", f"blocks of {block_size}", f"users, {CONTEXT:,} tokens reserved",
-           f"{mean:,} in blocks"], *rows)
-    print(f"  A request wastes at most {(block_size - 1) * token / 2 ** 20:.2f} MiB; a table adds "
-          f"{4 / (block_size * token):.1e} (4 bytes a block).\n  {system:,} tokens for {mean:,} "
-          f"users: {mean * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB.")
+           f"users, {mean:,} tokens in blocks"], *rows)
+    print(f"\n  a request wastes at most {(block_size - 1) * token / 2 ** 20:.2f} MiB; tables add "
+          f"{4 / (block_size * token):.1e} (4 bytes a block)\n  {system:,} tokens for {mean:,} "
+          f"users: {mean * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB")
     return {"rows": rows, "token": token}
 
 # Report -------------------------------------------------------------------------------------------
@@ -730,7 +735,7 @@ def main(seed=42, names=None):
     section("4. Paging")
     requests, results["memory"] = show_paging(model, trace, rng)
     section("5. Sharing")
-    results["branches"] = show_sharing(model, trace[0][0][:19])
+    results["branches"] = show_sharing(model, trace[0][0][:19], rng)
     section("6. Prefix caching")
     results["prompts"] = show_prefix_caching(model, requests)
     section("7. Continuous batching")

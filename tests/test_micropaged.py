@@ -1,6 +1,7 @@
 """micropaged: the pool's invariants, the engine against one-at-a-time, the bugs and the figures."""
 import random
 from collections import Counter
+from copy import copy
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -22,7 +23,7 @@ def tiny(seed, n_layers=1, context=40):
 
 def state(pool):
     """All that an operation that fails may not change."""
-    return (list(pool.free_blocks), dict(pool.cached), list(pool.references), list(pool.digests),
+    return (list(pool.free_blocks), list(pool.tables), list(pool.references), list(pool.digests),
             [[dict(slot) for slot in block] for block in pool.memory])
 
 
@@ -46,7 +47,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.memory[table[i // size]][i % size][0] = tuple(text[:i + 1])
 
     def state(self):
-        return state(self.pool), [(list(t), list(t.tokens), t.pool) for t, _ in self.texts]
+        return state(self.pool), [(list(t), list(t.tokens)) for t, _ in self.texts]
 
     def attempt(self, n_wanted, action):
         """The action, or OutOfBlocks exactly when fewer than n_wanted blocks are free."""
@@ -100,7 +101,7 @@ class PoolMachine(RuleBasedStateMachine):
         last_owner = [block for block in table if self.pool.ref_count(block) == 1]
         self.attempt(-len(last_owner), lambda: self.pool.free(table))
         before = state(self.pool)
-        for wrong in (table, list(table), paged.BlockTable(table)):
+        for wrong in (table, list(table), paged.BlockTable(table), copy(table)):
             for action in (self.pool.free, self.pool.fork, lambda t: self.pool.append(t, [1])):
                 with pytest.raises(ValueError, match="not in use"):
                     action(wrong)
@@ -134,15 +135,17 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_cache_names_full_blocks_by_their_whole_prefix(self):
         if self.pool:
-            for digest, block in self.pool.cached.items():
-                assert self.pool.digests[block] == digest
+            for block, digest in enumerate(self.pool.digests):
+                if digest is None:
+                    continue
+                assert self.pool.prefix_caching
                 text = self.pool.memory[block][-1][0]
                 assert len(text) % self.pool.block_size == 0
                 owners = [t for t, _ in self.texts if block in t]
                 assert all(t.tokens[:len(text)] == list(text) for t in owners)
 
 
-PoolMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=25)
+PoolMachine.TestCase.settings = settings(deadline=None, max_examples=2000, stateful_step_count=25)
 TestPool = PoolMachine.TestCase
 
 
@@ -194,14 +197,12 @@ def test_paged_cache_is_a_cache(seed, n_layers, block_size, n_prompt):
     texts = [[rng.randrange(5) for _ in range(12)] for _ in "ab"]
     wholes = [model.run(text, paged.KVCache(n_layers)) for text in texts]
     tables = [pool.allocate(text[:n_prompt]) for text in texts]
-    logits = paged.run_batch(model, pool, [(t, text[:n_prompt], n) for (t, n), text
-                                           in zip(tables, texts)])
+    logits = paged.run_batch(model, pool, tables)
     assert logits == [whole[n_prompt - 1] for whole in wholes]
     for end in range(n_prompt + 1, 13):
         for (table, _), text in zip(tables, texts):
             pool.append(table, text[end - 1:end])
-        logits = paged.run_batch(model, pool, [(t, text[:end], end - 1) for (t, _), text
-                                               in zip(tables, texts)])
+        logits = paged.run_batch(model, pool, [(t, end - 1) for t, _ in tables])
         assert logits == [whole[end - 1] for whole in wholes]
 
 
@@ -350,17 +351,43 @@ def test_memory_uses_by_hand():
 
 @given(SEEDS, st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
 @settings(deadline=None, max_examples=30)
-def test_samples_share_and_stay_apart(seed, n_prompt, n_tokens, width, block_size):
+def test_branches_share_and_stay_apart(seed, n_prompt, n_tokens, n_branches, block_size):
     model, rng = tiny(seed)
     prompt = [rng.randrange(5) for _ in range(n_prompt)]
     pool = paged.BlockPool(80, block_size)
-    requests, _ = paged.samples(model, pool, prompt, n_tokens, width)
-    assert pool.n_free == 80 and len(requests) == width
-    for r in requests:
-        assert r.logits == model.run(r.tokens[:-1], paged.KVCache(1))[n_prompt - 1:]
-        assert len(r.logits) == n_tokens and paged.error(model, r) == 0.0
-        r.logits = [*r.logits[:-1], [r.logits[-1][0] + 0.5, *r.logits[-1][1:]]]
-        assert paged.error(model, r) == pytest.approx(0.5)
+    plan = [[(i, rng.randrange(5)) for i in range(n_branches)] for _ in range(n_tokens)]
+    moves = iter(plan)
+    texts, used = paged.branch(model, pool, prompt, n_tokens, lambda *_: next(moves), n_branches)
+    assert pool.n_free == 80 and len(texts) == n_branches
+    whole, every = n_prompt // block_size, -(-(n_prompt + n_tokens) // block_size)
+    assert used == whole + n_branches * (every - whole)
+    for i, (tokens, logits) in enumerate(texts):
+        assert tokens == prompt + [step[i][1] for step in plan]
+        assert logits == [model.run(tokens, paged.KVCache(1))[-1]]
+        assert paged.error(model, tokens, logits) == 0.0
+        wrong = [[logits[0][0] + 0.5, *logits[0][1:]]]
+        assert paged.error(model, tokens, wrong) == pytest.approx(0.5)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_beam_search_over_forks_is_beam_search(seed, width, n_tokens, block_size):
+    """Against the same search that keeps whole texts and computes each afresh."""
+    model, rng = tiny(seed)
+    prompt = [rng.randrange(5) for _ in range(3)]
+
+    def log_p(text):
+        rows = model.run(text[:-1], paged.KVCache(1))[len(prompt) - 1:]
+        return -sum(paged.cross_entropy(row, t) for row, t in zip(rows, text[len(prompt):]))
+
+    beams = [prompt]
+    for _ in range(n_tokens):
+        beams = sorted((b + [t] for b in beams for t in range(5)), key=log_p)[-width:]
+    pool = paged.BlockPool(80, block_size)
+    texts, _ = paged.branch(model, pool, prompt, n_tokens,
+                            lambda *state: paged.likeliest(*state, width))
+    assert sorted(list(tokens) for tokens, _ in texts) == sorted(beams)
+    assert pool.n_free == 80 and not pool.tables
 
 
 @pytest.mark.parametrize("seed", [42, 0, 1])
@@ -376,8 +403,10 @@ def test_key_figures(seed, measured):
     assert memory["reserve the maximum"] < memory["powers of two"] < memory["the true length"]
     assert memory["blocks of 64"] < memory["blocks of 16"]
     assert memory["blocks of 16"] > 2 * memory["reserve the maximum"]
-    for row in results["branches"]:
-        assert row[2] == row[3] <= row[1] and row[4] == row[5] in (0, int(row[0]) - 1)
+    for row in results["branches"][:-1]:
+        assert row[2] == row[3] <= row[1] and row[4] == row[5] in (0, int(row[0].split()[0]) - 1)
+    four, beams = results["branches"][2], results["branches"][-1]
+    assert beams[1] == four[1] and beams[2] <= four[2]
     runs = results["schedulers"]
     assert runs["continuous"]["steps"] < runs["static batches"]["steps"] < runs["one at a time"]["steps"]
     assert runs["continuous"]["tokens run"] < runs["no prefix cache"]["tokens run"]

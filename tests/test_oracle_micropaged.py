@@ -32,14 +32,12 @@ def test_logits_through_a_shuffled_pool(seed):
     pool.free_blocks = type(pool.free_blocks).fromkeys(rng.sample(range(60), 60))
     n = rng.randint(1, len(tokens))
     table, _ = pool.allocate(tokens[:n])
-    logits = paged.run_batch(frozen, pool, [(table, tokens[:n], 0)])
-    twin, other = pool.fork(table), tokens[:n]
+    logits = paged.run_batch(frozen, pool, [(table, 0)])
+    twin = pool.fork(table)
     for end in range(n + 1, len(tokens) + 1):
-        other = other + [(tokens[end - 1] + 1) % len(model.weights["token"])]
-        pool.append(twin, other[-1:])
+        pool.append(twin, [(tokens[end - 1] + 1) % len(model.weights["token"])])
         pool.append(table, tokens[end - 1:end])
-        logits.append(paged.run_batch(frozen, pool, [(twin, other, end - 1),
-                                                     (table, tokens[:end], end - 1)])[1])
+        logits.append(paged.run_batch(frozen, pool, [(twin, end - 1), (table, end - 1)])[1])
     torch.testing.assert_close(torch.tensor(logits, dtype=torch.float64), expected[n - 1:],
                                rtol=1e-10, atol=1e-10)
 
@@ -53,12 +51,11 @@ def test_attention_over_a_block_table(seed):
     pool = paged.BlockPool(40, size)
     pool.free_blocks = type(pool.free_blocks).fromkeys(rng.sample(range(40), 40))
     table, _ = pool.allocate([0] * n)
-    cache = paged.PagedCache(pool, table, 0)
     keys, values = torch.zeros(40, size, n_heads * head_dim).double(), torch.zeros(
         40, size, n_heads * head_dim).double()
     for i in range(n):
         query, key, value = ([rng.gauss(0, 2) for _ in range(n_heads * head_dim)] for _ in range(3))
-        mixed = paged.attend(query, *cache.append(0, key, value), n_heads)
+        mixed = paged.attend(query, *paged.PagedCache(pool, table, i).append(0, key, value), n_heads)
         keys[table[i // size], i % size] = torch.tensor(key, dtype=torch.float64)
         values[table[i // size], i % size] = torch.tensor(value, dtype=torch.float64)
     index = torch.tensor(list(table))
