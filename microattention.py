@@ -539,7 +539,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -628,8 +631,7 @@ def main(seed=42):
              "7. Latent (MLA)": show_mla, "8. Side by side": show_variants,
              "9. The bugs people ship": show_bugs, "10. The real world": show_real_world}
     for title, show in shows.items():
-        section(title)
-        results[show.__name__.removeprefix("show_")] = show(layer, xs, rng)
+        results[show.__name__.removeprefix("show_")] = section(title, show, layer, xs, rng)
     return finish(started, **results)
 
 if __name__ == "__main__": run(main)

@@ -643,7 +643,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -726,23 +729,17 @@ def main(seed=42, names=None):
     """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
     started, rng = begin(), random.Random(seed)
     vocabulary, names, held_out = tokenize(names or NAMES.split(), rng)
-    section("1. Autograd")
-    show_temperature_slope(rng)
-    section("2. Data and models")
-    target, draft, losses = show_models(vocabulary, names, held_out, rng)
-    section("3. Filters")
-    filters = show_filters(target, vocabulary, names[0][:3])
-    section("4. Search")
-    search = show_search(target, vocabulary, names, rng)
-    section("5. Sampling quality")
-    quality = show_quality(target, names, rng)
-    section("6. Speculative decoding")
-    show_exactness(target, draft, held_out, rng)
+    section("1. Autograd", show_temperature_slope, rng)
+    target, draft, losses = section("2. Data and models", show_models, vocabulary, names, held_out,
+                                    rng)
+    filters = section("3. Filters", show_filters, target, vocabulary, names[0][:3])
+    search = section("4. Search", show_search, target, vocabulary, names, rng)
+    quality = section("5. Sampling quality", show_quality, target, names, rng)
+    section("6. Speculative decoding", show_exactness, target, draft, held_out, rng)
     speculation = show_speculation(target, draft, held_out, rng)
-    section("7. The bugs people ship")
-    bugs = show_bugs(target, draft, held_out, rng)
-    section("8. The real world")
+    bugs = section("7. The bugs people ship", show_bugs, target, draft, held_out, rng)
+    losing_batch = section("8. The real world", show_real_world)
     return finish(started, losses=losses, filters=filters, search=search, quality=quality,
-                  speculation=speculation, bugs=bugs, losing_batch=show_real_world())
+                  speculation=speculation, bugs=bugs, losing_batch=losing_batch)
 
 if __name__ == "__main__": run(main, names=read_names)

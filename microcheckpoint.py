@@ -503,7 +503,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -586,22 +589,14 @@ def main(seed=42):
     """Run all sections -> the measurements."""
     started, rng = begin(), random.Random(seed)
     network = random_network(64, 4, rng)
-    section("1. Autograd")
-    show_autograd()
-    section("2. Keep everything")
-    held = show_keep_everything(rng)
-    section("3. Checkpoints")
-    strategies = show_strategies(network)
-    section("4. Every k-th activation")
-    best = show_every_kth(network)
-    section("5. The optimal schedule")
-    frontier = show_revolve(network)
-    section("6. Training")
-    curves = show_training(rng)
-    section("7. The bugs people ship")
-    bugs = show_bugs(rng)
-    section("8. The real world")
-    gigabytes = show_real_world()
+    section("1. Autograd", show_autograd)
+    held = section("2. Keep everything", show_keep_everything, rng)
+    strategies = section("3. Checkpoints", show_strategies, network)
+    best = section("4. Every k-th activation", show_every_kth, network)
+    frontier = section("5. The optimal schedule", show_revolve, network)
+    curves = section("6. Training", show_training, rng)
+    bugs = section("7. The bugs people ship", show_bugs, rng)
+    gigabytes = section("8. The real world", show_real_world)
     return finish(started, held=held, strategies=strategies, best_k=best, frontier=frontier,
                   curves=curves, bugs=bugs, gigabytes=gigabytes)
 

@@ -540,7 +540,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -628,8 +631,7 @@ def main(seed=42):
             "4. The tiled forward": show_tiled_forward, "5. A limit on memory": show_limit,
             "6. The backward pass": show_backward, "7. Merging": show_merging,
             "8. The bugs people ship": show_bugs, "9. The real world": show_real_world}.items():
-        section(title)
-        results[show.__name__.removeprefix("show_")] = show(rng)
+        results[show.__name__.removeprefix("show_")] = section(title, show, rng)
     return finish(started, **results)
 
 if __name__ == "__main__": run(main)

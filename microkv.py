@@ -506,8 +506,9 @@ def divergence(p_logits, q_logits):
     """KL(p || q) in nats of two next-token distributions: 0 if and only if they are the same."""
     return sum(p * log(p / q) for p, q in zip(softmax(p_logits), softmax(q_logits)))
 
-def show_bugs(model, vocabulary, prompt, other, n_tokens=12):
+def show_bugs(model, vocabulary, name, other, n_tokens=12):
     """Each bug beside the correct run: the text it writes, and how far off its predictions are."""
+    prompt = name[:3]
     right, truth = prefill_then_decode(model, prompt, n_tokens, greedy)
     bugs = {"cache of another request not reset": {"stale": other[:-1]},
             "decoding restarts at position 0": {"shift": -len(prompt)},
@@ -582,7 +583,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -665,21 +669,14 @@ def main(seed=42, names=None):
     """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
     started, rng = begin(), random.Random(seed)
     vocabulary, names, held_out = tokenize(names or NAMES.split(), rng)
-    section("1. Autograd")
-    show_autograd(rng)
-    section("2. Data and model")
-    model, losses = show_model(vocabulary, names, held_out, rng)
+    section("1. Autograd", show_autograd, rng)
+    model, losses = section("2. Data and model", show_model, vocabulary, names, held_out, rng)
     text = [token for name in names[:40] for token in name[:-1]]         # names in a row
-    section("3. The cache")
-    multiply_adds = show_cache(model, names[0][:3])
-    section("4. Prefill and decode")
-    traffic = show_prefill_and_decode(model, text)
-    section("5. Paging")
-    shares = show_paging(model, text, names, rng)
-    section("6. The bugs people ship")
-    divergences = show_bugs(model, vocabulary, names[0][:3], names[1])
-    section("7. The real world")
-    per_token = show_real_world()
+    multiply_adds = section("3. The cache", show_cache, model, names[0][:3])
+    traffic = section("4. Prefill and decode", show_prefill_and_decode, model, text)
+    shares = section("5. Paging", show_paging, model, text, names, rng)
+    divergences = section("6. The bugs people ship", show_bugs, model, vocabulary, *names[:2])
+    per_token = section("7. The real world", show_real_world)
     return finish(started, losses=losses, multiply_adds=multiply_adds, traffic=traffic,
                   reserved_share=shares, divergences=divergences, kv_bytes_per_token=per_token)
 

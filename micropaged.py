@@ -265,6 +265,7 @@ class Request:
         self.tokens.append(self.rng.choices(range(len(p)), p)[0])
         self.logits.append(logits)
         return len(self.logits) == self.n_tokens
+
 def error(model, tokens, logits):
     """The largest error of the logits behind the last tokens; 0.0: as alone and in one piece."""
     right = model.run(tokens, KVCache(model.n_layers))[-len(logits):]
@@ -309,6 +310,7 @@ def show_contiguous():
 # where in the pool that block lies. Only the last block can be partly empty, so a request wastes
 # less than a block however long it gets; and any free block will do: nothing is external.
 class BlockTable(list): """The blocks of a sequence, in order. tokens: what they hold."""
+
 class BlockPool:
     """memory[block][slot][layer]: (key, value). A block is in use by references[block] tables, or
     by none: then it is in free_blocks, the next to be taken first. Kwon et al. 2023, section 4."""
@@ -396,6 +398,7 @@ class PagedCache:
     def append(self, layer, key, value):
         self.slots[-1][layer] = key, value
         return zip(*(slot[layer] for slot in self.slots))
+
 def run_batch(model, pool, batch):
     """batch: [(block_table, n_cached)], the rest to run -> the logits behind each, in one pass."""
     rows = [(table.tokens[i], i, PagedCache(pool, table, i))
@@ -410,6 +413,7 @@ POLICIES = {"reserve the maximum": (lambda now, prompt, output: 512, 20.4),
             "the true length": (lambda now, prompt, output: prompt + output, 38.2),
             "blocks of 64": (lambda now, *_: ceil(now / 64) * 64, "-"),
             "blocks of 16": (lambda now, *_: ceil(now / 16) * 16, 96.3)}
+
 def memory_uses(lengths, room):
     """-> [tokens; reservation, for tokens to come; internal, never used] in % of the slots."""
     lives = [(now, room(now, p, o), p + o) for p, o in lengths for now in range(p, p + o)]
@@ -456,6 +460,7 @@ def branch(model, pool, prompt, n_tokens, choose, n_branches=1):
         logits = run_batch(model, pool, [(table, len(table.tokens) - 1) for table in tables])
     for table in tables: pool.free(table)
     return [(table.tokens, [row]) for table, row in zip(tables, logits)], len(set().union(*tables))
+
 def likeliest(log_ps, logits, width=4):
     """Beam search: of all continuations of all branches, the most probable go on (microbeam)."""
     losses = [(cross_entropy(row, token) - log_p, i, token)
@@ -592,6 +597,7 @@ class FreesTwice(BlockPool):             # two parts of a server free the same t
     def free(self, block_table): super().free(block_table), super().free(block_table)
 class StaleCount(Engine):                # a preempted request keeps its count of cached tokens
     def admit(self, r): r.block_table, _ = self.pool.allocate(r.tokens)
+
 def show_bugs(model, a):
     b = [(token + 1) % len(model.weights["token"]) for token in a]       # differs everywhere
     def serve(engine, *requests):
@@ -621,6 +627,7 @@ def show_bugs(model, a):
 # Llama-3-8B's public config file: layers, key/value heads, head_dim, weights, context. 16 bits.
 N_LAYERS, N_KV_HEADS, HEAD_DIM, N_WEIGHTS, CONTEXT = 32, 8, 128, 8.03e9, 8192
 MEMORY = {"RTX 4090": 24e9, "A100 80GB": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes
+
 def show_real_world(block_size=16, mean=1000, system=2048):
     token, rows = 2 * 2 * N_LAYERS * N_KV_HEADS * HEAD_DIM, []       # a key and a value of 2 bytes
     for device, memory in MEMORY.items():
@@ -643,7 +650,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -726,23 +736,16 @@ def main(seed=42, names=None):
     """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
     started, rng, results = begin(), random.Random(seed), {}
     vocabulary, names, _ = tokenize(names or NAMES.split(), rng)
-    section("1. Autograd")
-    show_autograd(GPT(len(vocabulary), rng), names[0])
-    section("2. Data and model")
-    model, trace = show_model(vocabulary, names, rng)
-    section("3. Contiguous memory")
-    show_contiguous()
-    section("4. Paging")
-    requests, results["memory"] = show_paging(model, trace, rng)
-    section("5. Sharing")
-    results["branches"] = show_sharing(model, trace[0][0][:19], rng)
-    section("6. Prefix caching")
-    results["prompts"] = show_prefix_caching(model, requests)
-    section("7. Continuous batching")
-    results["schedulers"] = show_batching(model, vocabulary, trace, requests)
-    section("8. The bugs people ship")
-    results["symptoms"] = show_bugs(model, trace[0][0])
-    section("9. The real world")
-    return finish(started, real_world=show_real_world(), **results)
+    section("1. Autograd", show_autograd, GPT(len(vocabulary), rng), names[0])
+    model, trace = section("2. Data and model", show_model, vocabulary, names, rng)
+    section("3. Contiguous memory", show_contiguous)
+    requests, results["memory"] = section("4. Paging", show_paging, model, trace, rng)
+    results["branches"] = section("5. Sharing", show_sharing, model, trace[0][0][:19], rng)
+    results["prompts"] = section("6. Prefix caching", show_prefix_caching, model, requests)
+    results["schedulers"] = section("7. Continuous batching", show_batching, model, vocabulary,
+                                    trace, requests)
+    results["symptoms"] = section("8. The bugs people ship", show_bugs, model, trace[0][0])
+    results["real_world"] = section("9. The real world", show_real_world)
+    return finish(started, **results)
 
 if __name__ == "__main__": run(main, names=read_names)

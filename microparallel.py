@@ -158,6 +158,7 @@ def relu_rows(rows): return [list(map(relu, row)) for row in rows]
 def rmsnorm(x):
     scale = (dot(x, x) / len(x) + 1e-5) ** -0.5
     return [value * scale for value in x]
+
 def attention(rank, world, w, xs):
     """xs [n][d_model] -> [n][d_model], with the heads that the rank owns."""
     head_dim, xs, mixed = len(xs[0]) // N_HEADS, enter(rank, world, xs), [[] for _ in xs]
@@ -221,6 +222,7 @@ def pass_on(rank, world, vector, kind):
     received = world.receive((rank - 1) % world.size, kind)  # A pipe holds little: if all were to
     if rank % 2: world.send((rank + 1) % world.size, vector, kind)     # send first, all might wait.
     return received
+
 def broadcast(rank, world, vector, root=0, kind="broadcast"):
     """The root's vector on every rank: each passes it on. (A tree needs fewer steps.)"""
     if rank != root: vector = world.receive((rank - 1) % world.size, kind)
@@ -240,6 +242,7 @@ def reduce_scatter(rank, world, vector, kind="reduce-scatter"):
         if len(own) != len(received): raise ValueError(f"{len(own)} numbers meet {len(received)}")
         total = add(received, own)
     return total
+
 def ring_all_reduce(rank, world, vector, kind="all-reduce"):
     """vector [n] of floats -> the sum of all ranks' vectors, [n]. A rank sends 2 (p - 1) / p n of
     them. ValueError if there is no such rank, or if n is not the same on all."""
@@ -341,6 +344,7 @@ def enter(rank, world, xs):
     if world.size > 1 and type(xs[0][0]) is Value and world.sum_gradients:
         Value(0.0, sum_gradients()).grad = 1.0               # is on the tape now
     return xs
+
 def leave(rank, world, ys):
     """ys [n][d_model], summands -> their sum, replicated: all-reduce forward. Megatron's g."""
     if world.size == 1: return ys
@@ -405,6 +409,7 @@ def pipeline_schedule(n_stages, n_microbatches, kind):
         in_turn = [work for pair in zip(forwards[ahead:], backwards) for work in pair]
         schedule.append(forwards[:ahead] + in_turn + backwards[n_microbatches - ahead:])
     return schedule
+
 def bubble_fraction(n_stages, n_microbatches):
     """The share of the stages' time spent waiting. ValueError if one of the numbers is below 1."""
     if n_stages < 1 or n_microbatches < 1: raise ValueError(
@@ -532,7 +537,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -614,21 +622,16 @@ def run(main, **readers):
 def main(seed=42):
     started, rng = begin(), random.Random(seed)
     with contextlib.closing(Devices(4)) as devices:          # starting while the model trains
-        section("1. Autograd")
-        show_autograd(rng)
-        section("2. The model")
-        weights, examples, losses = show_model(rng)
-        section("3. Collectives")
-        sent = show_collectives(rng, devices)
-        section("4. Tensor parallelism")
-        far = show_tensor_parallelism(rng, devices, weights, examples, losses)
-        section("5. Pipeline parallelism")
-        pipeline = show_pipeline(rng, devices)
-        section("6. The bugs people ship")
-        bugs = show_bugs(devices, weights, examples[0])
-    section("7. The real world")
+        section("1. Autograd", show_autograd, rng)
+        weights, examples, losses = section("2. The model", show_model, rng)
+        sent = section("3. Collectives", show_collectives, rng, devices)
+        far = section("4. Tensor parallelism", show_tensor_parallelism, rng, devices, weights,
+                      examples, losses)
+        pipeline = section("5. Pipeline parallelism", show_pipeline, rng, devices)
+        bugs = section("6. The bugs people ship", show_bugs, devices, weights, examples[0])
+    seconds = section("7. The real world", show_real_world)
     return finish(started, losses=losses, bytes_sent=sent, tensor_off=far, pipeline=pipeline,
-                  bugs=bugs, seconds=show_real_world())
+                  bugs=bugs, seconds=seconds)
 
 if __name__ == "__main__":
     try: run(main)

@@ -23,7 +23,7 @@ import argparse, codecs, gc, os, random, struct, sys, time
 from collections import Counter, defaultdict
 from copy import copy
 from itertools import product
-from math import ceil, copysign, exp, floor, gcd, inf, log, log10, sqrt
+from math import ceil, copysign, exp, floor, inf, log, log10, sqrt
 from operator import mul
 from pathlib import Path
 
@@ -132,8 +132,8 @@ def show_autograd(h=1e-5):
     weight, loss = Value(0.3), lambda w: cross_entropy([w, w * -2.0, w * w], 0)
     loss(weight).backward()
     exact, rounded = ((loss(to(0.3 + h)) - loss(to(0.3 - h))) / (2.0 * h) for to in (float, round))
-    print(f"  d loss / d weight: {weight.grad:+.9f} by backward(), {exact:+.9f} by differences;\n"
-          f"  {rounded:.1f} with the weight rounded, as nothing changes between two steps.")
+    print(f"  d loss / d weight: {weight.grad:+.9f} by backward(), {exact:+.9f} by differences,\n"
+          f"  {rounded:.1f} if the weight is rounded: a step this small changes nothing")
     check("backward() gives the slope", abs(weight.grad - exact) < 1e-8)
 
 # 2. Data and model --------------------------------------------------------------------------------
@@ -332,8 +332,8 @@ def show_row(row, rng, n=2000):
 # 4. Granularity -----------------------------------------------------------------------------------
 # The largest of the weights that share a scale decides how coarse it is for all: the fewer, the
 # finer. But a scale is 2 bytes (fp16) and a zero-point 1, so in groups of n a weight costs b + 16/n
-# bits, or b + 24/n. A channel is a row of the matrix; a group is 32 of a row, or what fits it.
-SHARE = {"tensor": lambda m, n: m * n, "channel": lambda m, n: n, "group": lambda m, n: gcd(n, 32)}
+# bits, or b + 24/n. A channel is a row of the matrix; a group is half a row, here 32 weights or 8.
+SHARE = {"tensor": lambda m, n: m * n, "channel": lambda m, n: n, "group": lambda m, n: n // 2}
 
 def pack(codes, bits):
     """Signed codes -> bytes, 2, 3, 4 or 8 bits each, the first lowest; ValueError if too wide."""
@@ -645,7 +645,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -729,19 +732,19 @@ def main(seed=42, names=None):
     started, rng = begin(), random.Random(seed)
     vocabulary, names, held_out = tokenize(names or NAMES.split(), rng)
     del held_out[40:]                    # of a long list
-    def act(title, show, *arguments): return section(title) or show(*arguments)
-    act("1. Autograd", show_autograd)
-    model, loss = act("2. Data and model", show_model, vocabulary, names, held_out, rng)
+    section("1. Autograd", show_autograd)
+    model, loss = section("2. Data and model", show_model, vocabulary, names, held_out, rng)
     inputs, unseen = (layer_inputs(model, part) for part in (names[:16], held_out))
-    decibels = act("3. One number, one row", show_row, model.weights["up0"][0][:8], rng)
-    formats = act("4. Granularity", show_granularity, model, held_out, loss)
-    block_bits = act("5. Real formats", show_blocks, sum(model.weights["down0"], []))
-    products = act("6. Integer arithmetic", show_integers, model.weights["up0"], unseen["up0"])
+    decibels = section("3. One number, one row", show_row, model.weights["up0"][0][:8], rng)
+    formats = section("4. Granularity", show_granularity, model, held_out, loss)
+    block_bits = section("5. Real formats", show_blocks, sum(model.weights["down0"], []))
+    products = section("6. Integer arithmetic", show_integers, model.weights["up0"], unseen["up0"])
     up = model.weights["up0"], inputs["up0"], unseen["up0"]
-    outliers = act("7. Outliers", show_outliers, *up, rng)
-    rounding = act("8. Better rounding", show_gptq, model, inputs, unseen, held_out)
-    bugs = act("9. The bugs people ship", show_bugs, model, inputs, unseen, held_out, loss, formats)
-    sizes = act("10. The real world", show_real_world, block_bits)
+    outliers = section("7. Outliers", show_outliers, *up, rng)
+    rounding = section("8. Better rounding", show_gptq, model, inputs, unseen, held_out)
+    bugs = section("9. The bugs people ship", show_bugs, model, inputs, unseen, held_out, loss,
+                   formats)
+    sizes = section("10. The real world", show_real_world, block_bits)
     return finish(started, loss=loss, decibels=decibels, formats=formats, block_bits=block_bits,
                   products=products, outliers=outliers, rounding=rounding, bugs=bugs, sizes=sizes)
 

@@ -528,7 +528,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -611,24 +614,18 @@ def main(seed=42):
     """Run all sections -> the measurements."""
     started, rng, results = begin(), random.Random(seed), {}
     weights, frequencies = random_head(rng), inverse_frequencies(HEAD_DIM)
-    section("1. Autograd")
-    show_autograd(rng)
-    section("2. An attention head")
-    show_head(rng, weights)
-    section("3. Three ways")
-    results["changes"] = show_three_ways(rng, weights, frequencies)
-    section("4. The rotation")
-    show_rotation(rng, frequencies)
+    section("1. Autograd", show_autograd, rng)
+    section("2. An attention head", show_head, rng, weights)
+    results["changes"] = section("3. Three ways", show_three_ways, rng, weights, frequencies)
+    section("4. The rotation", show_rotation, rng, frequencies)
     results["decay"] = show_decay(rng, frequencies)
     results["look_back"] = show_look_back(frequencies)
-    section("5. Two layouts")
-    show_layouts(rng, weights, frequencies)
-    section("6. Longer contexts")
-    results["slower"] = show_longer_contexts()
-    section("7. The bugs people ship")
-    results["drift"] = show_wrong_layout(rng, weights, frequencies)
+    section("5. Two layouts", show_layouts, rng, weights, frequencies)
+    results["slower"] = section("6. Longer contexts", show_longer_contexts)
+    results["drift"] = section("7. The bugs people ship", show_wrong_layout, rng, weights,
+                               frequencies)
     results["bugs"] = show_bugs(rng, weights, frequencies)
-    section("8. The real world")
-    return finish(started, **results, turnless=show_real_world())
+    results["turnless"] = section("8. The real world", show_real_world)
+    return finish(started, **results)
 
 if __name__ == "__main__": run(main)

@@ -7,7 +7,6 @@ lets a token choose its step Δ, B and C: a large Δ writes it down, a small one
 
   Gu et al. 2021 (2111.00396) S4, structured state spaces    Blelloch 1990 parallel prefix sums
   Gu & Dao 2023 (2312.00752) Mamba, selection                Dao & Gu 2024 (2405.21060) Mamba-2
-
   python microssm.py [--seed N]      needs only Python, takes a few seconds
 
   1. Autograd                a gated state update is one node
@@ -193,7 +192,7 @@ def show_discretization(*_):
     check("Euler converges with order 1, bilinear with order 2; ZOH is exact", zoh < 1e-12
           and largest_difference(order, [1, 2]) < 0.1, "{:.2f}, {:.2f}, {:.0e}".format(*order, zoh))
     check("|ā| > 1 by Euler if Δ|a| > 2, by bilinear and ZOH never", all((abs(x) > 1.0) == (d > 2.0)
-          and max(abs(y), abs(z)) < 1.0 for d, x, y, z in decay), f"{decay[-1][1]:.0f}")
+          and max(abs(y), abs(z)) < 1.0 for d, x, y, z in decay), f"Euler {decay[-1][1]:.0f} at 8")
     return order
 
 # 3. Three programs --------------------------------------------------------------------------------
@@ -207,6 +206,7 @@ def zeros(n_rows, n_columns, like):
     COUNT["numbers held"] += n_rows * n_columns
     return [[Value(0.0) if type(like[0][0]) is Value else 0.0] * n_columns for _ in range(n_rows)]
 def read_out(state, u, C, D): return [dot([*h, x], [*C, d]) for h, x, d in zip(state, u, D)]
+
 def selective_scan(u, delta, A, B, C, D, state=None):
     """u, delta: [seq_len][d_inner], A: [d_inner][d_state], B, C: [seq_len][d_state], D: [d_inner]
     -> y [seq_len][d_inner], Values or floats. Gu & Dao 2023, algorithm 2: A by ZOH, B by Euler.
@@ -255,6 +255,7 @@ def associative_scan(pairs):
         COUNT["steps in a row"] += 2                         # this level and its twin on the way up
     COUNT["numbers held"] += 2 * size
     return [b for _, b in [*tree[1:], total][:len(pairs)]]
+
 def parallel_scan(u, delta, A, B, C, D, method="zoh"):
     """selective_scan by a tree for each number of the state, in floats; method: for A."""
     n, d_inner, d_state, states = len(u), len(A), len(A[0]), []
@@ -284,7 +285,7 @@ def show_programs(rng, _, n=250, N=4):
     error = largest_difference(ys[1:], ys[:1] * 2)
     check("recurrence, convolution and tree: the same output", error < 1e-12, f"{error:.0e}")
     counted, formula = map(list, zip(*costs.values()))
-    check("what each program took: counted = formula", counted == formula, counted)
+    check("what each program took: counted = formula", counted == formula)
     return costs
 
 # 4. Selection -------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def show_constant_state(rng, _, n=128, d=8, d_inner=16):
          f"crossing: token {cross[0]}": [cross]}, True, True, height=8)
     check("token by token = all at once, bit for bit", ys == mamba_block(xs, w), f"{n} tokens")
     check("at every token multiply-adds and bytes kept = formula; Mamba: constant",
-          mamba == [(work, 2 * numbers)] * n and attention == growing, mamba[-1])
+          mamba == [(work, 2 * numbers)] * n and attention == growing, f"{2 * numbers} bytes")
     return {"Mamba": mamba, "attention": attention}
 
 # 7. Duality ---------------------------------------------------------------------------------------
@@ -540,7 +541,10 @@ def begin():
     print((__doc__ or "").split("\n")[0])
     return time.perf_counter()
 
-def section(title): print(f"\n{title}\n{'─' * len(title)}")
+def section(title, show=lambda: None, *arguments):
+    """Print a heading and what show(*arguments) prints -> what it returns."""
+    print(f"\n{title}\n{'─' * len(title)}")
+    return show(*arguments)
 
 def progress(text=""):
     if sys.stderr.isatty(): print(f"\r{text:<79}\r", end="", file=sys.stderr, flush=True)
@@ -628,8 +632,7 @@ def main(seed=42):
             "5. Selective copying": show_copying, "6. Constant state": show_constant_state,
             "7. Duality": show_duality, "8. The bugs people ship": show_bugs,
             "9. The real world": show_real_world}.items():
-        section(title)
-        results[show.__name__] = show(rng, results)
+        results[show.__name__] = section(title, show, rng, results)
     return finish(started, **results)
 
 if __name__ == "__main__": run(main)

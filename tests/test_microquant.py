@@ -131,7 +131,7 @@ def test_compressed_model_is_the_rounded_one(bits, symmetric, granularity):
     for name, m in model.weights.items():
         flat, other = sum(m, []), sum(small.weights[name], [])
         size = {"tensor": len(flat), "channel": len(m[0]),
-                "group": math.gcd(len(m[0]), 32)}[granularity]
+                "group": len(m[0]) // 2}[granularity]
         total += len(flat) // size * (math.ceil(size * bits / 8) + (2 if symmetric else 3))
         for start in range(0, len(flat), size):
             run = flat[start:start + size]
