@@ -434,7 +434,8 @@ def show_mla(layer, xs, rng, rank=16):
             kind.run(xs[:1], cache, n)
             curves.setdefault(name, []).append((n, COUNT["multiply-adds"]))
             equal &= COUNT["multiply-adds"] == kind.multiply_adds(1, n)
-    plot("multiply-adds of the next token, counted, over positions in the cache", curves, height=9)
+    plot("multiply-adds of the next token (log), counted, over positions in the cache", curves,
+         log_y=True, height=9)
     check("multiply-adds of a decoding step counted = formula, MHA and MLA", equal)
     return curves
 

@@ -395,9 +395,10 @@ def show_search(tree, vocabulary, names, rng):
     COUNT.clear()
     modes = [exact_search(tree.log_probs, start, BOUNDARY, MAX_LEN) for start in starts]
     expanded, errors, rows = COUNT["prefixes expanded"], {}, []
-    searches = {(width, penalty): [
-        beam_search(tree.log_probs, x, BOUNDARY, width, MAX_LEN, penalty)[0] for x in starts]
-        for penalty, widths in ((0.0, (1, 2, 4, 8, 16)), (1.0, (8,))) for width in widths}
+    def beam(*arguments):                # or nothing, if no name has ended within MAX_LEN
+        return (beam_search(tree.log_probs, *arguments) or [([BOUNDARY], -inf)])[0]
+    searches = {(width, penalty): [beam(x, BOUNDARY, width, MAX_LEN, penalty) for x in starts]
+                for penalty, widths in ((0.0, (1, 2, 4, 8, 16)), (1.0, (8,))) for width in widths}
     for key, found in (searches | {("exact", "-"): modes}).items():
         errors[key] = [best - score for (_, best), (_, score) in zip(modes, found)]
         rows.append([*map(str, key), "".join(vocabulary[token] for token in found[0][0]),

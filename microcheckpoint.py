@@ -420,7 +420,8 @@ def show_training(rng):
         kept, forgot = (fit(network, [name], dropout, seed) for name in ("keep", "sqrt"))
         same = same and kept == forgot
         curves[f"dropout {dropout}"] = list(enumerate(forgot))
-    plot("loss over steps, with checkpoints at every √n-th layer", curves, height=8)
+    plot("loss (log) over steps, with checkpoints at every √n-th layer", curves, log_y=True,
+         height=8)
     check("training with checkpoints: the same losses, bit for bit, with dropout too", same)
     return curves
 
@@ -448,8 +449,10 @@ def show_bugs(rng):
     table(["against the true gradient", "cosine", "norm ratio", "layers with gradient 0"], *rows)
     _, redrawn, detached = results.values()
     check("random state restored: the true gradient, bit for bit", gradient("sqrt") == truth)
-    check("new dropout in the second run: not the gradient", redrawn[0] < 1.0 - 1e-6, redrawn[0])
-    check("detached input: gradient 0 in all but the last piece", detached[2] >= 12, detached[2])
+    check("new dropout in the second run: not the gradient", redrawn[0] < 1.0 - 1e-6,
+          f"cosine {redrawn[0]:.4f}")
+    check("detached input: gradient 0 in all but the last piece", detached[2] >= 12,
+          f"{detached[2]} layers")
     return results
 
 # 8. The real world --------------------------------------------------------------------------------
