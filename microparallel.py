@@ -222,7 +222,6 @@ def pass_on(rank, world, vector, kind):
     received = world.receive((rank - 1) % world.size, kind)  # A pipe holds little: if all were to
     if rank % 2: world.send((rank + 1) % world.size, vector, kind)     # send first, all might wait.
     return received
-
 def broadcast(rank, world, vector, root=0, kind="broadcast"):
     """The root's vector on every rank: each passes it on. (A tree needs fewer steps.)"""
     if rank != root: vector = world.receive((rank - 1) % world.size, kind)
@@ -274,6 +273,8 @@ def worker(control, pipes):
 class Devices:
     """n processes that wait for jobs: see run(), and do not forget close()."""
     def __init__(self, n):
+        if not os.path.exists(globals().get("__file__", "")):
+            raise RuntimeError("processes start from a file: save this as one, and import it")
         spawn = multiprocessing.get_context("spawn")         # a new interpreter: nothing is shared
         self.controls, theirs = zip(*(spawn.Pipe() for _ in range(n)))
         pipes = [{} for _ in range(n)]
@@ -409,7 +410,6 @@ def pipeline_schedule(n_stages, n_microbatches, kind):
         in_turn = [work for pair in zip(forwards[ahead:], backwards) for work in pair]
         schedule.append(forwards[:ahead] + in_turn + backwards[n_microbatches - ahead:])
     return schedule
-
 def bubble_fraction(n_stages, n_microbatches):
     """The share of the stages' time spent waiting. ValueError if one of the numbers is below 1."""
     if n_stages < 1 or n_microbatches < 1: raise ValueError(

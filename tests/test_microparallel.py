@@ -363,3 +363,12 @@ def test_as_a_module():
         out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, b"") and b"checks hold" in out
     assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
+def test_without_a_file_to_start_from_it_says_so():
+    """As from a notebook cell: a spawned process would look for the code in vain."""
+    source = (ROOT / "microparallel.py").read_text(encoding="utf-8")
+    run = subprocess.run([sys.executable, "-X", "utf8", "-B", "-"], input=source, text=True,
+                         encoding="utf-8", capture_output=True, timeout=60)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("microparallel.py: processes start from a file")
