@@ -345,7 +345,7 @@ def show_cache(model, prompt):
     print()
     plot("multiply-adds so far, in thousands, over tokens generated",
          {name: [(i + 1, total / 1e3) for i, total in enumerate(accumulate(counts))]
-          for name, counts in (("without the cache", naive), ("with it", cached))})
+          for name, counts in (("without the cache", naive), ("with it", cached))}, height=9)
     # A position costs a constant, and 2 n d for attention. Summed over T cached steps: a term in T
     # and one in T². Without the cache every step sums over its whole prefix again: T² and T³.
     constant, share = position_cost(model, 0), f"share at {model.context}"

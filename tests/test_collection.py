@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -15,6 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # | [microkv.py](microkv.py) | technique | what you will see | 3.2 s (5 s) | 380 + 290 |
 ROW = re.compile(r"^\| \[(micro\w+)\.py\]\(\1\.py\) \|.*\| ([\d.]+) s \(([\d.]+) s\) \| (\d+) \+ (\d+) \|$",
                  re.M)
+# | microkv | checks | tests | oracle cases | mutants |
+VERIFIED = re.compile(r"^\| (micro\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.M)
+EXCERPT = re.compile(r"^From `python (micro\w+)\.py`:\n\n```text\n(.*?)```$", re.M | re.S)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -47,6 +51,25 @@ def test_readme_lists_the_scripts_that_exist_in_the_order_of_the_path():
 def test_readme_figures(name, seconds, budget, own, shared):
     assert (int(own), int(shared)) == lines(name)
     assert float(budget) == BUDGETS[name] >= float(seconds)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_readme_counts_what_verifies_a_script(name, first_run, request):
+    """Tests are counted only in the files that this run has collected as a whole."""
+    (checks, tests, oracles, mutants), = (map(int, row[1:]) for row in VERIFIED.findall(README)
+                                          if row[0] == name)
+    assert checks == len(re.findall(r"^  ✓ ", first_run(name).out, re.M))
+    assert mutants == len(MUTANTS[name])
+    collected = Counter(item.path.stem for item in request.session.items)
+    options = request.config.option
+    if not options.keyword and not any("::" in path for path in options.file_or_dir):
+        assert collected[f"test_{name}"] in (0, tests)
+        assert collected[f"test_oracle_{name}"] in (0, oracles)
+
+
+@pytest.mark.parametrize("name, excerpt", EXCERPT.findall(README))
+def test_readme_excerpts_are_real_output(name, excerpt, first_run):
+    assert len(excerpt) > 500 and excerpt.rstrip() in first_run(name).out
 
 
 @pytest.mark.parametrize("name", MUTANTS)
