@@ -4,6 +4,7 @@ import functools
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from collection import ROOT, slowness
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True          # importing a script may not leave a file beside it
 TIMEOUT = 300
+# A background job of a shell ignores Ctrl-C, and its children inherit that; these tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A counterexample must be found again by whoever looks into it, and no database may be left behind.
 settings.register_profile("suite", deadline=None, database=None, derandomize=True)

@@ -283,3 +283,61 @@ def test_no_position_is_run_twice_by_plain_decoding():
     work = mb.COUNT.pop("multiply-adds")
     target.run([0, *tokens[:-1]], mb.KVCache(2))
     assert mb.COUNT["multiply-adds"] == work
+
+
+def test_a_text_that_goes_on_may_win_only_at_its_full_length():
+    """Ending at once costs 1, going on 1.3: more, but less per length when it ends as token 10."""
+    def step(prefix):
+        if len(prefix) == 1:
+            return [-1.0, -1.3, -math.inf]
+        return [0.0, -math.inf, -math.inf] if len(prefix) == 10 else [-math.inf, 0.0, -math.inf]
+    assert mb.beam_search(step, [1], 0, 1, 10, 1.0) == [([1] * 9 + [0], -1.3)]
+    assert mb.beam_search(step, [1], 0, 1, 10) == [([0], -1.0)]
+
+
+def test_samples_end_at_the_limit():
+    class Endless:
+        def logits(self, prefix):
+            return [-1e9, 0.0]
+    assert mb.sample(Endless(), mb.softmax, random.Random(0)) == [1] * mb.MAX_LEN
+
+
+def test_memorised_names_are_noticed(measured):
+    assert any(row[2] > 0.0 for row in measured("microbeam")["quality"].values())
+
+
+def test_the_chi_square_notices_a_sampler_that_writes_the_draft(monkeypatch):
+    names = [[0, 1, 2, 0], [0, 2, 1, 0]]
+    target, draft = (mb.PrefixTree(mb.GPT(6, random.Random(seed), d_model=4).frozen())
+                     for seed in (1, 2))
+    for tree, k in ((target, 1), (draft, 2)):
+        tree.logits = lambda prefix, k=k: [float(i == k) for i in range(6)]
+
+    def wrong_step(p_rows, q_rows, drafted, rng):
+        return list(drafted), mb.draw(q_rows[-1], rng)
+
+    for step, holds in ((mb.speculative_step, True), (wrong_step, False)):
+        monkeypatch.setattr(mb, "speculative_step", step)
+        mb.CHECKS.clear()
+        mb.show_exactness(target, draft, names, random.Random(3))
+        assert [ok for claim, ok, _ in mb.CHECKS if "chi-square" in claim] == [holds]
+
+
+def test_the_roofline_by_hand():
+    """A large model alone waits for memory: weights, and a key and a value of 1,024 tokens."""
+    peak, bandwidth = 8 * 989e12, 8 * 3.35e12
+    cache, attention = 2 * 2 * 80 * 1024 * 1024, 4 * 80 * 8192 * 1024
+    assert mb.pass_seconds("target", 1, 1) == pytest.approx((2 * 70.6e9 + cache) / bandwidth)
+    assert mb.pass_seconds("target", 32, 1) == pytest.approx((2 * 70.6e9 + 32 * cache) / bandwidth)
+    assert mb.pass_seconds("target", 999, 5) == pytest.approx(
+        999 * 5 * (2 * 70.6e9 + attention) / peak)
+
+
+def test_the_batch_that_loses(measured):
+    for alpha, batch in measured("microbeam")["losing_batch"].items():
+        gains = []
+        for n in (batch - 1, batch):
+            draft, one, five = (mb.pass_seconds(name, n, k) for name, k in
+                                (("draft", 1), ("target", 1), ("target", 5)))
+            gains.append(sum(alpha ** i for i in range(5)) * one / (4 * draft + five))
+        assert gains[0] >= 1.0 > gains[1]

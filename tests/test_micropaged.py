@@ -421,3 +421,70 @@ def test_real_world_by_hand(measured):
     a100 = {row[0]: row[1:] for row in real["rows"]}["A100 80GB"]
     blocks = int((80e9 - 2 * 8.03e9) / 2097152)
     assert a100 == [blocks, 59, blocks // 63]
+
+
+@given(SEEDS, st.lists(st.floats(-3, 3), min_size=2, max_size=6))
+def test_a_request_draws_from_the_softmax_of_logits_over_0_6(seed, logits):
+    request = paged.Request([1], 1, seed=seed)
+    request.take(logits)
+    p = paged.softmax([x / 0.6 for x in logits])
+    assert request.tokens[1:] == random.Random(seed).choices(range(len(p)), p)
+
+
+def test_an_error_counts_in_both_directions():
+    model, _ = tiny(0)
+    right = model.run([1, 2], paged.KVCache(1))[-1]
+    for step in (0.5, -0.5):
+        wrong = [[right[0] + step, *right[1:]]]
+        assert paged.error(model, [1, 2], wrong) == pytest.approx(0.5)
+
+
+def test_digests_keep_tokens_apart():
+    pool = paged.BlockPool(20, 2)
+    pool.allocate([1, 23, 4])
+    assert pool.allocate([12, 3, 4])[1] == 0 and pool.allocate([1, 23, 5])[1] == 2
+
+
+def test_a_pass_is_counted_once_for_the_whole_batch_and_branches_skip_what_is_cached():
+    model, _ = tiny(0)
+    pool = paged.BlockPool(40, 2)
+    tables = [pool.allocate([token] * 3) for token in (1, 2, 3)]
+    paged.COUNT.clear()
+    paged.run_batch(model, pool, tables)
+    assert (paged.COUNT["passes"], paged.COUNT["run"]) == (1, 9)
+    paged.COUNT.clear()
+    paged.branch(model, pool, [1, 1, 1, 4], 1, lambda *_: [(0, 2)])
+    assert paged.COUNT["run"] == 2 + 1           # of the prompt two tokens are in the cache
+
+
+def test_policies_by_hand():
+    """Slots of a request with a prompt of 20 and an output of 9, at its 32nd token and its 33rd."""
+    slots = {name: [room(now, 20, 9) for now in (32, 33)] for name, (room, _) in paged.POLICIES.items()}
+    assert slots == {"reserve the maximum": [512, 512], "powers of two": [36, 36],
+                     "the true length": [29, 29], "blocks of 64": [64, 64], "blocks of 16": [32, 48]}
+    uses = paged.memory_uses([(2, 2)], lambda now, prompt, output: now + 1)      # 3, then 4 of 4
+    assert uses == pytest.approx([100 * 5 / 7, 100 * 2 / 7, 0.0])
+
+
+def test_latencies_are_those_of_the_timeline(capsys):
+    model, _ = tiny(3)
+    trace = [([1] * 6, 4, 0, 0), ([2] * 6, 6, 0, 1), ([3] * 5, 3, 1, 2), ([4] * 5, 2, 2, 3)]
+    expected = []
+    for request in trace:
+        engine = paged.Engine(model, paged.BlockPool(9, 4))
+        engine.submit(*request)
+        expected += engine.run()
+    figures = paged.show_batching(model, "abcde", trace, expected)["continuous"]
+    rows = [line[4:].lstrip().split(" ")[0] for line in capsys.readouterr().out.split("\n")
+            if line[2:4] in ("A ", "B ", "C ", "D ")]
+    waits, firsts = sorted(map(len, rows)), [row.index("▒") + 1 for row in rows]
+    assert len(rows) == 4 and figures["last"] == round(sum(waits) / 4, 1)
+    assert figures["first token"] == round(sum(firsts) / 4, 1) and figures["p95 of last"] == waits[-1]
+
+
+def test_real_world_as_printed(first_run):
+    """15 slots of 128 KiB; 4 bytes beside 16 of them; 2,048 tokens a thousand times and once."""
+    out = first_run("micropaged").out
+    assert f"wastes at most {15 / 8:.2f} MiB; tables add {4 / 2 ** 21:.1e} " in out
+    assert f"users: {2048 * 131072 / 1e6:.0f} GB, shared {2048 * 131072 / 1e9:.2f} GB" in out
+    assert list(paged.MEMORY.values()) == [24e9, 80e9, 80e9, 141e9, 180e9]
