@@ -1,6 +1,7 @@
 """microquant: rounding, packing, block formats, integer products, outliers, GPTQ and the bugs."""
 import math
 import random
+import re
 import struct
 import sys
 
@@ -308,3 +309,30 @@ def test_exhibits(seed, measured):
     assert scale[0] > 0.9 and scale[1] < 0.05
     assert leak[0] < leak[1]                     # the test error, the test data known
     assert constant[0] == math.inf and constant[1] < 1e-15
+
+
+def test_stored_weights_are_codes_times_a_scale_of_16_bits():
+    model = mq.GPT(5, random.Random(1), d_model=4).frozen()
+    _, _, small = mq.compress(model, 8, granularity="tensor")
+    for matrix in small.weights.values():
+        scale = max(abs(x) for row in matrix for x in row) / 127
+        assert struct.unpack("<e", struct.pack("<e", scale))[0] == pytest.approx(scale, rel=1e-12)
+
+
+def test_rounding_errors_spread_evenly_over_a_step(first_run):
+    """Eight bars of 250 on average; one a third off is nine standard deviations away."""
+    bars = re.findall(r"^  [+-]0\.\d{3} to [+-]0\.\d{3} █* ?(\d+)$", first_run("microquant").out, re.M)
+    assert len(bars) == 8 and all(150 < int(count) < 350 for count in bars)
+
+
+def test_the_outlier_is_planted_and_smoothed_by_calibration_data(monkeypatch, capsys):
+    """In the inputs for calibration the planted column reaches 60, whatever it has in the others."""
+    rng, seen = random.Random(5), []
+    up, inputs, unseen = ([[rng.gauss(0, 1) for _ in range(4)] for _ in range(n)] for n in (8, 9, 7))
+    monkeypatch.setattr(mq, "smoothing", lambda xs, weight, smooth=mq.smoothing:
+                        seen.append(xs) or smooth(xs, weight))
+    mq.show_outliers(up, inputs, unseen, rng)
+    column, factor = map(float, re.search(r"input (\d+) multiplied by ([\d.]+):",
+                                          capsys.readouterr().out).groups())
+    assert factor == pytest.approx(60 / mq.largest(inputs)[int(column)], abs=0.06)
+    assert mq.largest(seen[0])[int(column)] == pytest.approx(60.0)

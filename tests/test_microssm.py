@@ -306,3 +306,8 @@ def test_training_sees_no_sequence_that_is_asked_later(monkeypatch):
     ssm.TAPE.clear()
     assert len(seen[True]) == 24 and seen[True] == seen[False]
     assert not set(seen[True]) & {tuple(tokens) for tokens, _ in fresh}
+
+
+def test_a_decay_near_zero_is_held_without_loss_of_digits():
+    for a in (-1e-12, -1e-9, 1e-9):
+        assert ssm.discretize(a, 2.0, 0.5, "zoh")[1] == pytest.approx(1.0 + 0.25 * a, rel=1e-14)
