@@ -180,6 +180,22 @@ def test_sequences_are_exact(seed, gamma):
         assert chance == pytest.approx(p_of(())[a] * p_of((a,))[b] * p_of((a, b))[c], abs=1e-12)
 
 
+@pytest.mark.parametrize("gamma", range(4))
+def test_the_enumeration_drafts_gamma_tokens_a_round(gamma, monkeypatch):
+    """A sampler that redraws from p gives 3/8 where it tests a draft, and the right 1/2 elsewhere."""
+    monkeypatch.setattr(mb, "residual", lambda p, q: p)
+    found = mb.sequence_distribution(lambda text: [0.5, 0.5], lambda text: [0.25, 0.75], gamma, 3)
+    accepted, redrawn = [0.25, 0.5], [0.125, 0.125]
+
+    def chance(text, n=0):               # n drafts accepted in this round
+        if not text:
+            return 1.0
+        if n == gamma:
+            return 0.5 * chance(text[1:])
+        return accepted[text[0]] * chance(text[1:], n + 1) + redrawn[text[0]] * chance(text[1:])
+    assert found == {text: pytest.approx(chance(text)) for text in itertools.product((0, 1), repeat=3)}
+
+
 def test_speculative_step_draws_what_the_enumeration_says():
     """First token and number accepted, 20,000 times; limits at six standard deviations."""
     p_rows = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]
@@ -242,6 +258,25 @@ def test_without_rollback_the_rows_are_wrong():
         tokens, rows, _ = mb.speculate(target, draft, 3, mb.softmax, rng, truncate=False)
         wrong += rows != [mb.softmax(tree.logits((0, *tokens[:i]))) for i in range(len(tokens))]
     assert wrong >= 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draft_reads_this_text_and_is_filtered_too(seed):
+    """Else it guesses worse, and only the cost tells: Σ min(p, q) is not that of both models run afresh."""
+    def choose(logits):
+        return mb.top_k(mb.softmax(logits), 2)
+    (target, draft), rng = models(seed)
+    trees = [mb.PrefixTree(model) for model in (target, draft)]
+    for _ in range(10):
+        tokens, _, rounds = mb.speculate(target, draft, 3, choose, rng)
+        assert 0 in tokens or len(tokens) >= mb.MAX_LEN
+        start = 0
+        for n_accepted, chances in rounds:
+            for i, chance in enumerate(chances):
+                if start + i <= len(tokens):                     # what follows the end was cut off
+                    p, q = (choose(tree.logits((0, *tokens[:start + i]))) for tree in trees)
+                    assert chance == pytest.approx(sum(map(min, p, q)), abs=1e-12)
+            start += n_accepted + 1
 
 
 def test_prefix_tree_is_the_model():
@@ -321,6 +356,14 @@ def test_the_chi_square_notices_a_sampler_that_writes_the_draft(monkeypatch):
         mb.CHECKS.clear()
         mb.show_exactness(target, draft, names, random.Random(3))
         assert [ok for claim, ok, _ in mb.CHECKS if "chi-square" in claim] == [holds]
+
+
+def test_the_chi_square_of_six_tokens_has_five_degrees_of_freedom():
+    tree = mb.PrefixTree(mb.GPT(6, random.Random(1), d_model=4).frozen())
+    mb.CHECKS.clear()
+    mb.show_exactness(tree, tree, [[0, 1, 0]], random.Random(3), n=60)
+    numbers = next(numbers for claim, _, numbers in mb.CHECKS if "chi-square" in claim)
+    assert float(numbers.split("<")[1]) == pytest.approx(5 + 2 * math.sqrt(5 * 14) + 28, abs=0.06)
 
 
 def test_the_roofline_by_hand():
