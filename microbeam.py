@@ -497,6 +497,7 @@ def speedup(alpha, gamma, c):            # drafting costs c target passes a toke
 def speculate(target, draft, gamma, choose, rng, start=(BOUNDARY,), truncate=True):
     """-> (a name, its p rows, [(n_accepted, [Σ min(p, q) of each test])]). gamma 0: plain decoding.
     choose(logits) -> probabilities, alike for target and draft: p and q are what is drawn from."""
+    require(target is not draft, "target and draft are one object, and would share a cache")
     text, used, rounds = list(start), [], []
     caches = {model: KVCache(model.n_layers) for model in (target, draft)}
     n_read = dict.fromkeys(caches, 0)    # how many tokens of the text a model has run
@@ -512,7 +513,7 @@ def speculate(target, draft, gamma, choose, rng, start=(BOUNDARY,), truncate=Tru
         accepted, token = speculative_step(p_rows, q_rows, drafted, rng)
         n, chances = len(accepted) + 1, [sum(map(min, p, q)) for p, q in zip(p_rows, q_rows)]
         rounds.append((n - 1, chances[:n]))
-        used, text = used + p_rows[:n], [*text, *accepted, token]
+        used, text = used + p_rows[:n], [*text, *accepted, token][:MAX_LEN + 1]
         for model, cache in caches.items():      # roll back what was rejected
             n_read[model] = min(n_read[model], len(text) - 1)
             if truncate: cache.truncate(n_read[model])
@@ -579,6 +580,7 @@ def show_speculation(target, draft, texts, rng, n_names=45):
 def show_bugs(target, draft, texts, rng):
     """The bias of every bug. The names it writes look like names, so it passes for correct."""
     results = defaultdict(list)          # {bug: the total variation from the right p, by context}
+    rejected = False                     # has a round gone on after a rejection?
     for p, q in contexts(texts, target, draft):
         favourite = [float(x == q.index(max(q))) for x in range(len(q))]
         cut_p, cut_q = top_p(p, 0.8), top_p(q, 0.8)
@@ -588,7 +590,8 @@ def show_bugs(target, draft, texts, rng):
                 "top-p, q rescaled after the test": (cut_p, raw, cut_q, residual(cut_p, raw))}
         for bug, x in runs.items(): results[bug] += [total_variation(add(*outcomes(*x)), x[0])]
     for bug, truncate in 25 * [("caches not rolled back", False), ("caches rolled back", True)]:
-        text, used, _ = speculate(target.model, draft.model, 4, softmax, rng, [BOUNDARY], truncate)
+        text, used, rounds = speculate(target.model, draft.model, 4, softmax, rng, (0,), truncate)
+        rejected = rejected or not truncate and any(n < 4 for n, _ in rounds[:-1])
         results[bug] += [total_variation(p, softmax(target.logits([BOUNDARY, *text[:i]])))
                          for i, p in enumerate(used)]
     table(["bug", "contexts", "biased", "total variation: mean", "largest"], *(
@@ -600,8 +603,9 @@ def show_bugs(target, draft, texts, rng):
         best = [beam_search(target.log_probs, x, BOUNDARY, 16, MAX_LEN, penalty)[0] for x in starts]
         scores.append([normalised(score, len(tokens), 1.2) for tokens, score in best])
         print(f"  beam of 16 by {compared} sums: mean score {sum(scores[-1]) / len(starts):.3f}")
-    *wrong, right = results.values()
-    check("every bug biases the distribution", min(map(max, wrong)) > 1e-3)
+    *wrong, stale, right = results.values()
+    check("every bug biases the distribution, a stale cache once a token was rejected",
+          min(map(max, wrong)) > 1e-3 and (max(stale) > 1e-9) == rejected)
     check("caches rolled back: p as one by one", not any(right), f"{len(right)} contexts")
     check("a beam by raw sums finds no better score", all(map(float.__ge__, *scores)))
     return dict(results) | {"scores": scores}

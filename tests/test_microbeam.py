@@ -384,3 +384,20 @@ def test_the_batch_that_loses(measured):
                                 (("draft", 1), ("target", 1), ("target", 5)))
             gains.append(sum(alpha ** i for i in range(5)) * one / (4 * draft + five))
         assert gains[0] >= 1.0 > gains[1]
+
+
+@pytest.mark.parametrize("seed", [0, 36, 39])
+def test_no_text_is_longer_than_plain_decoding_would_make_it(seed):
+    """With seeds 36 and 39 greedy texts do not end by themselves, and a round may overshoot."""
+    (target, draft), rng = models(seed)
+
+    def greedy(logits):
+        return mb.apply_temperature(logits, 0.0)
+    plain, fast = (mb.speculate(target, draft, gamma, greedy, rng)[0] for gamma in (0, 4))
+    assert plain == fast and len(fast) <= mb.MAX_LEN
+
+
+def test_one_model_cannot_be_its_own_draft():
+    (target, _), rng = models(0)
+    with pytest.raises(ValueError, match="one object"):
+        mb.speculate(target, target, 2, mb.softmax, rng)
