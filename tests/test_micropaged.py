@@ -212,6 +212,11 @@ def test_a_prompt_seen_before_still_runs_its_last_token():
         pool.free(pool.allocate([7] * n)[0])
         table, n_cached = pool.allocate([7] * n)
         assert n_cached == (n - 1) // 4 * 4 < n and len(table.tokens) == n
+    engine = paged.Engine(tiny(0)[0], paged.BlockPool(40, 4))
+    requests = [engine.submit([1] * n, 1) for n in (8, 9, 12, 3)]
+    engine.run()
+    rows = paged.show_prefix_caching(engine.model, requests)
+    assert [row[2] for row in rows] == [row[3] for row in rows] == [0, 8, 8, 0, 4]
 
 
 def test_prefixes_differ_by_anything_before():
@@ -258,6 +263,11 @@ def test_copy_on_write_copies_once_per_extra_fork():
     table, _ = pool.allocate([1, 2, 3, 4])           # a full block is never written again
     pool.append(pool.fork(table), [5])
     assert paged.COUNT["copied"] == 0 and len(table) == 1
+    model, rng = tiny(0)
+    for n, copied in ((15, [0, 1, 3, 7]), (16, [0, 0, 0, 0]), (17, [0, 1, 3, 7])):
+        *rows, _ = paged.show_sharing(model, [rng.randrange(5) for _ in range(n)], rng, n_tokens=4)
+        assert [row[4] for row in rows] == [row[5] for row in rows] == copied
+        assert [row[2] for row in rows] == [row[3] for row in rows]
 
 
 def test_pool_refuses_nonsense():
@@ -290,6 +300,11 @@ def test_engine_refuses_what_never_fits_and_goes_on():
         paged.Engine(model, paged.BlockPool(4, 4), 0).submit([1], 1)
     request = engine.submit([1] * 10, 7)
     assert engine.run() == [request] and len(request.tokens) == 17
+    first = engine.submit([1] * 13, 3)
+    engine.step()
+    assert engine.pool.n_free == 0
+    second = engine.submit([2] * 13, 3)              # it does not fit yet, but it will
+    assert engine.run() == [request, first, second]
 
 
 def test_first_come_first_served_and_the_youngest_gives_way():
@@ -300,6 +315,10 @@ def test_first_come_first_served_and_the_youngest_gives_way():
     engine.run()
     assert engine.finished == [old, young] and old.history == "▒" + 8 * "█"
     assert old.history.count("▒") == 1 < young.history.count("▒") and "x" in young.history
+    engine = paged.Engine(model, paged.BlockPool(3, 4))              # here it is the old one who asks
+    old, young = engine.submit([1] * 4, 4), engine.submit([2] * 6, 4)
+    engine.run()
+    assert (old.history, young.history) == ("▒███", "▒xxx▒██")
     batch = paged.Engine(model, paged.BlockPool(9, 4), static=True)
     first, late = batch.submit([1], 3), batch.submit([1], 1, 1)
     batch.run()
@@ -412,7 +431,9 @@ def test_key_figures(seed, measured):
     assert runs["continuous"]["tokens run"] < runs["no prefix cache"]["tokens run"]
     assert runs["one at a time"]["batch"] == 1.0 and runs["one at a time"]["preempted"] == 0
     assert all(row[2] == row[3] < row[1] for row in results["prompts"])
-    assert results["prompts"][0][2] == 0 and results["prompts"][-1][4] < results["prompts"][0][4] / 2
+    cached = [row[2] for row in results["prompts"]]
+    assert min(cached[1], cached[2], cached[4]) >= 16 > cached[3]    # three of four begin alike
+    assert cached[0] == 0 and results["prompts"][-1][4] < results["prompts"][0][4] / 2
 
 
 def test_real_world_by_hand(measured):
@@ -466,20 +487,31 @@ def test_policies_by_hand():
     assert uses == pytest.approx([100 * 5 / 7, 100 * 2 / 7, 0.0])
 
 
-def test_latencies_are_those_of_the_timeline(capsys):
-    model, _ = tiny(3)
-    trace = [([1] * 6, 4, 0, 0), ([2] * 6, 6, 0, 1), ([3] * 5, 3, 1, 2), ([4] * 5, 2, 2, 3)]
+def test_pictures_and_figures_are_those_of_the_requests(capsys):
+    """Two of A, B and C fit at once into 6 blocks; C is preempted by B and waits for both."""
+    model, rng = tiny(3)
+    trace = [([1] * 4, 9, 0, 0), ([2] * 4, 9, 0, 1), ([3] * 4, 9, 1, 2), ([4] * 5, 2, 2, 3)]
     expected = []
     for request in trace:
         engine = paged.Engine(model, paged.BlockPool(9, 4))
         engine.submit(*request)
         expected += engine.run()
-    figures = paged.show_batching(model, "abcde", trace, expected)["continuous"]
-    rows = [line[4:].lstrip().split(" ")[0] for line in capsys.readouterr().out.split("\n")
-            if line[2:4] in ("A ", "B ", "C ", "D ")]
+    runs = paged.show_batching(model, "abcde", trace, expected)
+    lines = [line for line in capsys.readouterr().out.split("\n")
+             if line[2:4] in ("A ", "B ", "C ", "D ")]
+    rows, texts = zip(*(line[4:].split() for line in lines))
+    assert [len(line[4:]) - len(line[4:].lstrip()) for line in lines] == [0, 0, 1, 2]
+    assert list(texts) == ["".join("abcde"[t] for t in r.tokens[-r.n_tokens:]) for r in expected]
     waits, firsts = sorted(map(len, rows)), [row.index("▒") + 1 for row in rows]
-    assert len(rows) == 4 and figures["last"] == round(sum(waits) / 4, 1)
-    assert figures["first token"] == round(sum(firsts) / 4, 1) and figures["p95 of last"] == waits[-1]
+    figures, prefills = runs["continuous"], sum(row.count("▒") for row in rows)
+    assert figures["last"] == round(sum(waits) / 4, 1) and figures["p95 of last"] == waits[-1]
+    assert figures["first token"] == round(sum(firsts) / 4, 1)
+    assert 0 < figures["preempted"] == prefills - 4 < "".join(rows).count("x")
+    assert runs["one at a time"]["tokens run"] == 3 * (4 + 8) + 5 + 1
+    assert runs["smallest pool"]["steps"] > figures["steps"]         # 3 blocks: one after another
+    # After three steps A has gone, B's 10 tokens lie in blocks 1 to 3 and C's in block 4.
+    paged.show_paging(model, [([1] * 4, 1), ([2] * 8, 4), ([3] * 2, 2, 2)], rng)
+    assert capsys.readouterr().out.split("\n")[0].rstrip("·") == "  ·BBBC"
 
 
 def test_real_world_as_printed(first_run):
