@@ -202,33 +202,41 @@ class Reversal:
         self.dropout, self.rng, self.restore, self.detach = dropout, rng, restore, detach
         self.parameters = [[list(map(Value, row)) for row in weight] for weight in layers]
         self.gradients = [array("d", bytes(8 * len(weight) ** 2)) for weight in layers]
-        self.stored, self.peak, self.grad = 1, 0, None
+        self.stored, self.peak = 1, 0    # activations: stored now; alive at the most
+        self.grad = None                 # d loss / d the activation that the pass has come back to
+
+    def random_state(self): return self.rng.getstate() if self.rng else None
+
     def draw(self, n_layers, width):
         """Dropout masks. What is kept is scaled up, so that the mean stays the same."""
         keep = 1.0 - self.dropout
         if not self.dropout: return [[1.0] * width] * n_layers
         return [[(self.rng.random() < keep) / keep for _ in range(width)] for _ in range(n_layers)]
+
     def advance(self, x, lo, hi):
         """Run layers lo...hi - 1 without a tape -> the activation behind them."""
         for weight, mask in zip(self.layers[lo:hi], self.draw(hi - lo, len(x))):
             x = run_layer(weight, x, mask)
         return x
+
     def tape(self, x, lo, hi):
         """Run layers lo...hi - 1 on the tape, and take the gradient back through them."""
         self.peak = max(self.peak, self.stored + hi - lo)
-        inputs = y = x if self.detach and lo else list(map(Value, x))
+        detached = self.detach and lo > 0                    # a bug, see section 7
+        inputs = y = x if detached else list(map(Value, x))
         for weight, mask in zip(self.parameters[lo:hi], self.draw(hi - lo, len(x))):
             y = run_layer(weight, y, mask)
         if self.grad is None:            # the end of the network, reached for the first time
             loss = squared_error(y, self.target)
-            self.loss, self.random_state = loss.data, self.rng and self.rng.getstate()
+            self.loss, self.end_state = loss.data, self.random_state()
         else: loss = dot(y, self.grad)   # whose derivative with respect to y is the gradient so far
         loss.backward()
-        self.grad = [0.0] * len(x) if inputs is x else [value.grad for value in inputs]
+        self.grad = [0.0] * len(x) if detached else [value.grad for value in inputs]
         for weight, gradient in zip(self.parameters[lo:hi], self.gradients[lo:hi]):
             gradient[:] = array("d", [p.grad for row in weight for p in row])
             for row in weight:
                 for p in row: p.grad = 0.0
+
     def reverse(self, x, state, lo, hi, slots):
         """Gradient through layers lo...hi - 1; x, their input, and the random state are stored."""
         while lo < hi:
@@ -242,15 +250,17 @@ class Reversal:
             edges, kept = [lo, *cuts, hi], [(x, state)]
             for start, end in zip(edges, cuts):
                 ahead = self.advance(kept[-1][0], start, end)
-                kept.append((ahead, self.rng and self.rng.getstate()))
+                kept.append((ahead, self.random_state()))
             self.stored += len(cuts)
             for i in reversed(range(len(kept))):
                 self.reverse(*kept.pop(), edges[i], edges[i + 1], slots - i)
                 self.stored -= i > 0
             return
+
     def run(self, x, slots=0):
-        self.reverse(x, self.rng and self.rng.getstate(), 0, len(self.layers), slots)
-        if self.rng: self.rng.setstate(self.random_state)            # as if nothing ran twice
+        """The whole network from its input -> self, with loss, gradients and grad, that of x."""
+        self.reverse(x, self.random_state(), 0, len(self.layers), slots)
+        if self.rng: self.rng.setstate(self.end_state)       # as if nothing had run twice
         return self
 
 def strategy_cut(strategy, n_layers, k=None, slots=0):
@@ -339,6 +349,7 @@ def show_every_kth(network):
     n, half = len(layers), (layers[:len(layers) // 2], x, target)
     peaks = {k: gradients(*network, "every", k)[2]["peak"] for k in range(1, n + 1)}
     sizes = {k: peak_bytes(*network, "every", k) for k in range(1, n + 1) if n % k == 0 or k == 3}
+    # c and t are slopes: what a layer more takes as a checkpoint, and what it takes on the tape.
     checkpoint = (sizes[1] - peak_bytes(*half, "every", 1)) / (n - n // 2)
     taped = (sizes[n] - peak_bytes(*half, "keep")) / (n - n // 2)
     plot(f"memory over k (logarithmic), as a share of keeping all {n} layers",

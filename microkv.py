@@ -127,18 +127,24 @@ def train(parameters, loss_at, steps, rate):
     return curve
 # <<< shared: autograd
 
-def show_autograd(rng):
+def show_autograd(rng, n=16, h=1e-5):
     """A derivative by backward() beside the slope between two evaluations of the function."""
-    def matrix(): return [[Value(rng.gauss(0.0, 1.0)) for _ in range(16)] for _ in range(16)]
-    x, first, second = [rng.gauss(0.0, 1.0) for _ in range(16)], matrix(), matrix()
-    def loss(): return cross_entropy(linear([softmax(linear([x], first)[0])], second)[0], target=0)
+    def matrix(): return [[Value(rng.gauss(0.0, 1.0)) for _ in range(n)] for _ in range(n)]
+    x = [rng.gauss(0.0, 1.0) for _ in range(n)]
+    first, second = matrix(), matrix()
+    def loss():
+        hidden = softmax(linear([x], first)[0])
+        return cross_entropy(linear([hidden], second)[0], target=0)
     y = loss()
     pairwise = sum(max(1, len(node.inputs) - 1) for node in TAPE)
-    print(f"  Two 16 x 16 layers are {len(TAPE)} Values; with two inputs each, {pairwise}.")
+    print(f"  Two {n} x {n} layers are {len(TAPE)} Values; with two inputs each, {pairwise}.")
     y.backward()
-    weight, h, at = first[0][0], 1e-5, []
-    for weight.data in (weight.data + h, weight.data - h): at.append(loss().data)
-    slope = (at[0] - at[1]) / (2.0 * h)
+    weight = first[0][0]
+    weight.data += h
+    above = loss().data
+    weight.data -= 2.0 * h
+    below = loss().data
+    slope = (above - below) / (2.0 * h)
     print(f"  d loss / d weight = {weight.grad:+.9f} by backward(), {slope:+.9f} by differences.")
     check("backward() gives the slope of the function", abs(weight.grad - slope) < 1e-8)
 
@@ -309,7 +315,7 @@ def show_model(vocabulary, names, held_out, rng, n_steps=250, window=20):
     curve = train(model.parameters(), lambda i: model.loss([names[i % len(names)]]), n_steps, 0.01)
     model = model.frozen()
     means = [(i, sum(curve[i - window:i]) / window) for i in range(window, n_steps + 1)]
-    plot(f"nats per letter over steps, means of {window}", {"training loss": means}, height=8)
+    plot(f"nats per letter over steps, means of {window}", {"training loss": means}, height=7)
     print("\n  nats per letter on the names held out")
     losses = {"a uniform guess": log(len(vocabulary)),
               "counting letter pairs": bigram_loss(names, held_out, len(vocabulary)),
@@ -339,13 +345,14 @@ def show_cache(model, prompt):
     lengths = range(len(prompt), model.context + 1)          # positions run so far, at every step
     naive_formula = [sum(position_cost(model, i + 1) for i in range(n)) for n in lengths]
     cached_formula = naive_formula[:1] + [position_cost(model, n) for n in lengths[1:]]
+    print("  multiply-adds of a step, the first of which runs the prompt")
     table(["step", "positions", "without: counted", "formula", "with: counted", "formula", "ratio"],
           *([f"{i + 1}", lengths[i], naive[i], naive_formula[i], cached[i], cached_formula[i],
-             f"{naive[i] / cached[i]:.1f}"] for i in (0, 1, 3, 7, 15, n_tokens - 1)))
+             f"{naive[i] / cached[i]:.1f}"] for i in (0, 1, 7, n_tokens - 1)))
     print()
     plot("multiply-adds so far, in thousands, over tokens generated",
          {name: [(i + 1, total / 1e3) for i, total in enumerate(accumulate(counts))]
-          for name, counts in (("without the cache", naive), ("with it", cached))}, height=9)
+          for name, counts in (("without the cache", naive), ("with it", cached))}, height=8)
     # A position costs a constant, and 2 n d for attention. Summed over T cached steps: a term in T
     # and one in T². Without the cache every step sums over its whole prefix again: T² and T³.
     constant, share = position_cost(model, 0), f"share at {model.context}"
@@ -420,29 +427,39 @@ def show_prefill_and_decode(model, text, n=24):
     for size in (1, 4, 16, 64, 256):
         logits, decode[size] = run_pass(model, [(text[n], n, fork(cache)) for _ in range(size)])
         same = same and all(row == alone for row in logits)
-    for title, costs in (f"prefill of {n}, chunks of", prefill), ("decode, a batch of", decode):
-        table([title, "FLOP", "weight bytes", "cache bytes", "FLOP per byte"],
-              *([str(k), *cost, f"{cost[0] / sum(cost[1:]):.2f}"] for k, cost in costs.items()))
-        print()
+    costs = {f"prefill, {n} tokens by {size}": cost for size, cost in prefill.items()}
+    costs |= {f"decode, a batch of {size}": cost for size, cost in decode.items()}
+    table(["16-bit numbers", "FLOP", "weight bytes", "cache bytes", "FLOP per byte"],
+          *([name, *cost, f"{cost[0] / sum(cost[1:]):.2f}"] for name, cost in costs.items()))
+    print()
     matrices = [m for name, m in model.weights.items() if name not in ("token", "position")]
     weight_bytes = 2 * sum(len(m) * len(m[0]) for m in matrices)
+    passes = [(ceil(n / size), cost) for size, cost in prefill.items()]
+    passes += [(1, cost) for cost in decode.values()]
     check("any chunks of the prompt and any batch: the same logits, bit for bit", same)
-    check("weight bytes read = all matrices, once per pass", all(
-        cost[1] == ceil(n / size) * weight_bytes for size, cost in prefill.items()) and all(
-        cost[1] == weight_bytes for cost in decode.values()), f"{weight_bytes:,} a pass")
-    # A 16-bit weight is 2 bytes and one multiply-add: decoding alone does 1 FLOP per byte. A batch
-    # shares the weights but not the caches, so the longer the context, the sooner its gain ends.
+    check("weight bytes read = all matrices, once per pass",
+          all(cost[1] == n_passes * weight_bytes for n_passes, cost in passes),
+          f"{weight_bytes:,} a pass")
+    return {"prefill": prefill, "decode": decode}
+
+def show_roofline(name="Llama-3-8B (GQA)"):
+    """FLOP per byte of a real model over the size of a pass, beside what a device can balance.
+
+    A 16-bit weight is 2 bytes and one multiply-add: decoding alone does 1 FLOP per byte. A batch
+    shares the weights but not the caches: the longer the context, the sooner its gain ends. Below
+    the ridge, FLOP/s over bytes/s, memory sets the pace. Williams et al. 2009."""
     peak, bandwidth, _ = DEVICES["H100"]
-    name, sizes = "Llama-3-8B (GQA)", [2 ** i for i in range(11)]
-    curves = {"ridge of an H100": [(2 ** (i / 8), peak / bandwidth) for i in range(81)]}
+    ridge, sizes = peak / bandwidth, [2 ** i for i in range(11)]
+    curves = {f"ridge of an H100, {ridge:.0f}": [(2 ** (i / 8), ridge) for i in range(81)]}
     for context in (512, 8192):
         costs = [(size, *step_cost(name, size, context)) for size in sizes]
         curves[f"batch, context {context}"] = [(size, flop / read) for size, flop, read in costs]
-    prefill_costs = [(n, n * step_cost(name, 1, n / 2)[0], step_cost(name, 1, n)[1]) for n in sizes]
-    curves["prefill"] = [(n, flop / read) for n, flop, read in prefill_costs]
+    curves["prefill"] = []
+    for n in sizes:                      # n tokens of one sequence see n / 2 others on average
+        flop, (_, read) = n * step_cost(name, 1, n / 2)[0], step_cost(name, 1, n)
+        curves["prefill"].append((n, flop / read))
     plot(f"{name}: FLOP per byte over tokens in a pass (both axes log)", curves, True, True)
-    print(f"  Below the ridge, {peak / bandwidth:.0f} FLOP per byte, arithmetic waits for memory.")
-    return {"prefill": prefill, "decode": decode}
+    print("  Below the ridge, arithmetic waits for memory.")
 
 # 5. Paging ----------------------------------------------------------------------------------------
 class PagedKVCache:
@@ -462,7 +479,7 @@ class PagedKVCache:
         self.lengths[layer] += 1
         return zip(*(blocks[self.block_table[i // size]][i % size] for i in range(last + 1)))
 
-def show_paging(model, text, names, rng, block_size=4):
+def show_paging(model, text, names, rng, block_size=4, n=22):
     """Two sequences grow in one shuffled pool; then what reserving memory by blocks wastes."""
     n_blocks = 2 * ceil(model.context / block_size)
     pool = [[[None] * block_size for _ in range(n_blocks)] for _ in range(model.n_layers)]
@@ -470,8 +487,8 @@ def show_paging(model, text, names, rng, block_size=4):
     paged = [PagedKVCache(pool, free, block_size) for _ in "AB"]
     plain = [KVCache(model.n_layers) for _ in "AB"]
     same = True
-    for i in range(24):
-        tokens = text[i], text[24 - i]
+    for i in range(n):
+        tokens = text[i], text[n - i]
         in_blocks, in_a_row = (model.forward([(t, i, cache) for t, cache in zip(tokens, caches)])
                                for caches in (paged, plain))
         same = same and in_blocks == in_a_row
@@ -483,7 +500,7 @@ def show_paging(model, text, names, rng, block_size=4):
     print(f"  share of the reserved memory that holds tokens: {len(names)} names of "
           f"{min(lengths)} to {max(lengths)} tokens")
     shares = {size: sum(lengths) / sum(ceil(length / size) * size for length in lengths)
-              for size in (model.context, 16, 8, 4, 2, 1)}
+              for size in (model.context, 16, 8, 4, 2)}
     bars([(f"blocks of {size}" if size < model.context else f"reserve all {size}", 100 * share)
           for size, share in shares.items()], " %")
     unused = [len(cache.block_table) * block_size - cache.lengths[0] for cache in paged]
@@ -543,35 +560,45 @@ def decode_tokens_per_second(flop, read_bytes, batch, peak_flops, bandwidth):
     compute, memory = flop / peak_flops, read_bytes / bandwidth
     return batch / max(compute, memory), "compute" if compute > memory else "memory"
 
-def show_real_world():
-    """Cache sizes, requests that fit beside the weights, decoding ceilings -> bytes per token."""
-    def fitting(name, context, memory):
-        weights, (_, with_one) = step_cost(name, 0, context)[1], step_cost(name, 1, context)
-        return max(0, int((memory - weights) // (with_one - weights)))
-    per_token = {name: kv_bytes_per_token(n_layers, n_kv_heads, head_dim)
-                 for name, (n_layers, _, n_kv_heads, head_dim, _) in MODELS.items()}
-    rows = []
-    for name, size in per_token.items():
+def fitting(name, context, memory):
+    """How many requests of `context` tokens fit beside the weights into `memory` bytes."""
+    _, weights = step_cost(name, 0, context)
+    _, with_one = step_cost(name, 1, context)
+    return max(0, int((memory - weights) // (with_one - weights)))
+
+def show_cache_sizes():
+    """-> {model: bytes of cache per token}"""
+    per_token, rows = {}, []
+    for name, (n_layers, _, n_kv_heads, head_dim, weights) in MODELS.items():
+        per_token[name] = size = kv_bytes_per_token(n_layers, n_kv_heads, head_dim)
         sizes = [f"{size * n * 1024 / 1e9:.2f} GB" for n in (4, 32, 128)]
-        weights = f"{step_cost(name, 0, 0)[1] / 1e9:,.0f} GB"
-        rows.append([name, f"{size / 1024:,.1f} KiB", *sizes, weights])
+        rows.append([name, f"{size / 1024:,.1f} KiB", *sizes, f"{2 * weights / 1e9:,.0f} GB"])
     table(["KV cache in 16 bits", "per token", "4k tokens", "32k", "128k", "weights"], *rows)
+    return per_token
+
+def show_capacity(context=8192):
+    """Concurrent requests beside the weights, for every model that one of the devices can hold."""
+    rows = [[name, *(fitting(name, context, memory) for _, _, memory in DEVICES.values())]
+            for name in MODELS]
     print()
-    table(["requests of 8k that fit on one", *DEVICES],
-          *([name, *(fitting(name, 8192, memory) or "-" for _, _, memory in DEVICES.values())]
-            for name in MODELS))
+    table([f"requests of {context:,} tokens that fit", *DEVICES],
+          *(row for row in rows if any(row[1:])))
+
+def show_ceilings():
+    """The most tokens per second: of one sequence, and of a batch that fills the memory."""
     rows = []
-    for name, context in zip(["Llama-2-7B (MHA)"] + 2 * ["Llama-3-8B (GQA)"], (4096, 8192, 512)):
-        for device in "A100 80GB", "H100":
-            peak, bandwidth, memory = DEVICES[device]
-            for batch in (1, fitting(name, context, memory)):
-                flop, read = step_cost(name, batch, context)
-                speed, bound = decode_tokens_per_second(flop, read, batch, peak, bandwidth)
-                rows.append([f"{name[:10]}, {context:,} tokens, {device}", batch, f"{speed:,.0f}",
-                             f"{flop / read:.1f}", f"{peak / bandwidth:.0f}", bound])
+    for name, context, device in (("Llama-2-7B (MHA)", 4096, "H100"),
+                                  ("Llama-3-8B (GQA)", 8192, "H100"),
+                                  ("Llama-3-8B (GQA)", 512, "H100"),
+                                  ("Llama-3-8B (GQA)", 512, "A100 80GB")):
+        peak, bandwidth, memory = DEVICES[device]
+        for batch in (1, fitting(name, context, memory)):
+            flop, read = step_cost(name, batch, context)
+            speed, bound = decode_tokens_per_second(flop, read, batch, peak, bandwidth)
+            rows.append([f"{name[:10]}, {context:,} tokens, {device}", batch, f"{speed:,.0f}",
+                         f"{flop / read:.1f}", f"{peak / bandwidth:.0f}", bound])
     print()
     table(["ceiling on decoding", "batch", "tokens/s", "FLOP per byte", "ridge", "bound by"], *rows)
-    return per_token
 
 # Report -------------------------------------------------------------------------------------------
 # >>> shared: report (printing, charts, checks, command line; the same in every script)
@@ -674,9 +701,12 @@ def main(seed=42, names=None):
     text = [token for name in names[:40] for token in name[:-1]]         # names in a row
     multiply_adds = section("3. The cache", show_cache, model, names[0][:3])
     traffic = section("4. Prefill and decode", show_prefill_and_decode, model, text)
+    show_roofline()
     shares = section("5. Paging", show_paging, model, text, names, rng)
     divergences = section("6. The bugs people ship", show_bugs, model, vocabulary, *names[:2])
-    per_token = section("7. The real world", show_real_world)
+    per_token = section("7. The real world", show_cache_sizes)
+    show_capacity()
+    show_ceilings()
     return finish(started, losses=losses, multiply_adds=multiply_adds, traffic=traffic,
                   reserved_share=shares, divergences=divergences, kv_bytes_per_token=per_token)
 

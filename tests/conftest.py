@@ -4,6 +4,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,11 @@ def run_script(name, *arguments, flags=(), cwd=None, **environment):
                           capture_output=True, timeout=TIMEOUT)
     return SimpleNamespace(code=done.returncode, out=done.stdout.decode(), err=done.stderr.decode(),
                            seconds=time.perf_counter() - start)
+
+
+def without_times(out):
+    """What a script prints, but for its wall-clock times, which no two runs have in common."""
+    return re.sub(r"\d[\d,.]* ?(s|ms|µs)\b", "TIME", out)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from collection import BUDGETS, ROOT, SCRIPTS, blocks, slowness, source
-from conftest import TIMEOUT, run_script
+from conftest import TIMEOUT, run_script, without_times
 
 TRAINS_ON_NAMES = [name for name in SCRIPTS if "names" in blocks(name)]
 every_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -41,10 +41,6 @@ def checks(out):
     assert total, out[-500:]
     return (len(re.findall(r"^  ✓ ", out, re.M)), len(re.findall(r"^  ✗ ", out, re.M)),
             int(total.group(2)))
-
-
-def without_times(out):
-    return re.sub(r"\d[\d,.]* ?(s|ms|µs)\b", "TIME", out)
 
 
 def assert_refused(run):
@@ -125,6 +121,17 @@ def test_leaves_no_file_and_opens_no_connection(name, first_run, tmp_path):
     assert run.returncode == 0, run.stderr.decode()
     assert list(tmp_path.rglob("*")) == []
     assert without_times(run.stdout.decode()) == without_times(first_run(name).out)
+
+
+@every_script
+def test_two_at_once(name, first_run):
+    """Nothing is shared, not even by two runs of one script: both print what one alone prints."""
+    command = [sys.executable, "-B", "-X", "utf8", str(ROOT / f"{name}.py")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in "ab"]
+    for process in both:
+        out, err = process.communicate(timeout=TIMEOUT)
+        assert (process.returncode, err) == (0, b"")
+        assert without_times(out.decode()) == without_times(first_run(name).out)
 
 
 @every_script
