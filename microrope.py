@@ -13,17 +13,16 @@ product sees only the angle between two vectors: the positions cancel, their dis
   1. Autograd              the referee of the gradients
   2. An attention head     without positions it cannot tell one order from another
   3. Three ways            sinusoids added, a learned table added, a rotation
-  4. The rotation          pairs, wavelengths, identities, decay, and a head that looks k back
+  4. The rotation          wavelengths, identities, decay, and a head that looks k back
   5. Two layouts           which numbers form a pair, and how to convert the weights
   6. Longer contexts       linear, NTK-aware, YaRN, Llama 3.1: which pairs stay, which stretch
   7. The bugs people ship  the wrong layout, turned values, restarted positions, scaling twice
   8. The real world        base 10,000 against 500,000: pairs that never complete a turn
 """
 import argparse, codecs, gc, os, random, sys, time
-from cmath import rect
 from collections import defaultdict
 from itertools import accumulate
-from math import ceil, cos, exp, floor, log, pi, sin, sqrt
+from math import ceil, cos, exp, floor, isclose, log, pi, sin, sqrt
 from operator import mul
 
 # 1. Autograd --------------------------------------------------------------------------------------
@@ -128,12 +127,13 @@ def train(parameters, loss_at, steps, rate):
 
 def gaussian(rng, n, spread=1.0): return [rng.gauss(0.0, spread) for _ in range(n)]
 def deviation(a, b): return max(abs(x - y) for x, y in zip(a, b))
+def digits(vector): return " ".join(f"{x:+.4f}" for x in vector[:8])
 
 def show_autograd(rng, n=16):
     """A score, the dot product of a query and a key, is one Value; its slope is the key."""
     query, key = list(map(Value, gaussian(rng, n))), gaussian(rng, n)
     dot(query, key).backward()
-    print(f"  d score / d query[0] = {query[0].grad:+.9f}, key[0] = {key[0]:+.9f}.")
+    print(f"  d score / d query[0] = {query[0].grad:+.9f}, key[0] = {key[0]:+.9f}")
     check("the gradient of a score by the query is the key", [x.grad for x in query] == key)
 
 # 2. An attention head -----------------------------------------------------------------------------
@@ -146,6 +146,7 @@ D_MODEL = HEAD_DIM = 16
 
 def without(vector, position): return vector
 def score(query, key): return dot(query, key) * len(key) ** -0.5
+def random_tokens(rng, n): return [gaussian(rng, D_MODEL) for _ in range(n)]
 
 def random_head(rng):
     return {part: [gaussian(rng, D_MODEL, D_MODEL ** -0.5) for _ in range(HEAD_DIM)]
@@ -153,36 +154,40 @@ def random_head(rng):
 
 def project(weights, xs, positions, add=without, turn=without, turn_values=without):
     """xs [n][d_model] at positions [n] -> queries, keys, values, each [n][head_dim]."""
-    inputs = [add(x, position) for x, position in zip(xs, positions)]
-    return [[change(vector, position) for vector, position
-             in zip(linear(inputs, weights[part]), positions)]
-            for part, change in (("query", turn), ("key", turn), ("value", turn_values))]
+    inputs = list(map(add, xs, positions))
+    queries = list(map(turn, linear(inputs, weights["query"]), positions))
+    keys = list(map(turn, linear(inputs, weights["key"]), positions))
+    values = list(map(turn_values, linear(inputs, weights["value"]), positions))
+    return queries, keys, values
 
 def attend(queries, keys, values):
-    """Causal attention, [n][head_dim] each -> outputs [n][head_dim]: i sees 0 to i of the cache."""
-    weights = [softmax([score(q, key) for key in keys[:i + 1]]) for i, q in enumerate(queries)]
-    return [[dot(row, column) for column in zip(*values[:len(row)])] for row in weights]
+    """Causal attention, [n][head_dim] each -> outputs [n][head_dim]: token i sees 0 to i."""
+    outputs = []
+    for i, query in enumerate(queries):
+        weights = softmax([score(query, key) for key in keys[:i + 1]])
+        outputs.append([dot(weights, column) for column in zip(*values[:i + 1])])
+    return outputs
 
 def show_head(rng, weights, n=12):
     """Shuffle all tokens but the last and look at the last output."""
-    xs = [gaussian(rng, D_MODEL) for _ in range(n)]
+    xs = random_tokens(rng, n)
     shuffled = rng.sample(xs[:-1], n - 1) + xs[-1:]
-    last, other = (attend(*project(weights, order, range(n)))[-1] for order in (xs, shuffled))
-    print(f"  The output at token {n}, with the tokens before it in order and shuffled:")
-    for output in last, other: print("   ", *(f"{x:+.6f}" for x in output[:8]), "...")
+    last = attend(*project(weights, xs, range(n)))[-1]
+    other = attend(*project(weights, shuffled, range(n)))[-1]
+    table([f"the tokens before token {n}", "its output begins"],
+          ["in order", digits(last)], ["shuffled", digits(other)])
     check("without positions, the order of the past is invisible", deviation(last, other) < 1e-12)
 
 # 3. Three ways ------------------------------------------------------------------------------------
-# Think of the hands of a clock: pairs of numbers, points that turn as the position grows, a radian
-# per token in the first pair and slower in every next one. Sinusoids are the places of such hands,
-# added to the token's vector. RoPE turns the query and the key themselves. A learned table has a
-# free vector for every position up to its length: here random ones, as before any training.
+# How can a vector say where it stands? Think of clock hands: pairs of numbers, points that turn as
+# the position grows, a radian per token in the first pair, slower in every next one. Sinusoids are
+# the places of such hands, added to the token's vector. A learned table, added too, has a free
+# vector for each position; here random ones. RoPE turns the pairs of query and key themselves.
 def inverse_frequencies(head_dim, base=10000.0):
-    """-> radians per token of each pair, base^(-2i / head_dim), [head_dim / 2].
-
-    ValueError if head_dim is odd or below 2, or base not above 1. Su et al. 2021, section 3.2.2."""
-    if head_dim < 2 or head_dim % 2: raise ValueError(
-        f"head_dim {head_dim} is odd or below 2: RoPE turns pairs of numbers")
+    """-> radians per token of each pair, base^(-2i / head_dim), [head_dim / 2]. Su et al. 2021,
+    section 3.2.2. ValueError if head_dim is odd or below 2, or base not above 1."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd or below 2: RoPE turns pairs of numbers")
     if not base > 1.0: raise ValueError(f"base {base} is not above 1: no pair would turn slower")
     return [base ** (-i / head_dim) for i in range(0, head_dim, 2)]
 
@@ -194,7 +199,6 @@ def pairs(head_dim, layout):
 
 def apply_rope(vector, position, frequencies, layout="half"):
     """vector [head_dim], Values or floats, with each pair turned by position * frequency -> same.
-
     position: in tokens, any number; frequencies: radians per token [head_dim / 2]; layout: "half"
     or "interleaved". ValueError if lengths or layout do not fit. Su et al. 2021, equation 34."""
     if not frequencies or len(vector) != 2 * len(frequencies):
@@ -208,125 +212,130 @@ def apply_rope(vector, position, frequencies, layout="half"):
 
 def sinusoid(position, frequencies):
     """What Vaswani et al. 2017, section 3.5, add (sines last here): a constant vector, turned."""
-    ones = [1.0] * len(frequencies)
-    return apply_rope(ones + [0.0] * len(ones), position, frequencies)
+    n = len(frequencies)
+    return apply_rope([1.0] * n + [0.0] * n, position, frequencies)
 
 def rotary(frequencies, layout="half"):              # a `turn` for project(); below, an `add`
     return lambda vector, position: apply_rope(vector, position, frequencies, layout)
-def added(vectors): return lambda x, position: [a + b for a, b in zip(x, vectors(position))]
+def added(vectors): return lambda x, position: [a + b for a, b in zip(x, vectors[position])]
 
-def show_three_ways(rng, weights, frequencies, n=12, furthest=1000):
-    """One token everywhere: its scores with itself over positions -> {way: change by shift}."""
-    x, size = gaussian(rng, D_MODEL), furthest + n
-    learned = [gaussian(rng, D_MODEL, sqrt(0.5)) for _ in range(size)]
-    ways = {"sinusoids added": {"add": added(lambda position: sinusoid(position, frequencies))},
-            "learned table added": {"add": added(learned.__getitem__)},
-            "rotary": {"turn": rotary(frequencies)}}
-    maps, changes, curves, gap = [], {}, {}, [0.0, 0.0]
-    for name, way in ways.items():
-        q, k, _ = project(weights, [x] * size, range(size), **way)
-        square = [[score(query, key) for key in k[:n]] for query in q[:n]]
-        low, high = min(map(min, square)), max(map(max, square))
-        maps.append([[0.2 + 0.8 * (y - low) / (high - low) for y in row] for row in square])
-        changes[name] = change = [max(abs(score(q[i + s], k[j + s]) - square[i][j]) for i, j in
-                                      ((0, 0), (3, 0), (0, 3))) for s in range(1, furthest + 1)]
-        # The worst of ten: a chart has few columns, and a single change may be 0, without a log.
-        curves[name] = [(s, max(1e-17, *change[s - 1:s + 9])) for s in range(1, furthest, 10)]
-    print(f"  score of a fixed query at m (down) with a fixed key at n (across), 0 to {n - 1}\n")
-    print("   ", "".join(f"{name:<{2 * n + 4}}" for name in ways).rstrip())
-    heatmap([a + gap + b + gap + c for a, b, c in zip(*maps)], 0.0, 1.0)
-    print()
-    plot("change of a score when both positions move by s, over s (y axis log)", curves,
-         log_y=True, height=8)
-    # p θ is rounded: cos(p θ) is off by p ε / 2 at most. Two such angles make a score, two scores
-    # a change, so 2 p ε; twice that leaves room for the sums. q and k are the rotary ones here.
-    *others, rotated = changes.values()
-    bound = 4 * size * sys.float_info.epsilon * sqrt(dot(q[0], q[0]) * dot(k[0], k[0]) / HEAD_DIM)
-    check(f"rotary scores stay under any shift up to {furthest:,}, but for rounding",
-          max(rotated) <= bound, f"{max(rotated):.0e}, bound {bound:.0e}")
-    check("scores with added positions do not", min(map(max, others)) > 1e6 * bound,
-          " and ".join(f"{max(other):.1f}" for other in others))
+def three_ways(rng, weights, frequencies, n=1004):
+    """One token at positions 0 to n - 1 -> {way: (queries, keys, values)}"""
+    xs = random_tokens(rng, 1) * n
+    sinusoids = [sinusoid(position, frequencies) for position in range(n)]
+    learned = [gaussian(rng, D_MODEL, sqrt(0.5)) for _ in range(n)]          # as long as sinusoids
+    return {"sinusoids added": project(weights, xs, range(n), add=added(sinusoids)),
+            "learned table added": project(weights, xs, range(n), add=added(learned)),
+            "rotary": project(weights, xs, range(n), turn=rotary(frequencies))}
+
+def show_maps(ways, n=12):
+    """Scores of the first n positions with each other, the three ways side by side."""
+    print(f"  scores: a query at m (down) with a key at n (across), 0 to {n - 1}; solid: high\n")
+    print("   " + "".join(f"{way:<{2 * n + 4}}" for way in ways).rstrip())
+    lines = [[] for _ in range(n)]
+    for queries, keys, _ in ways.values():
+        scores = [[score(query, key) for key in keys[:n]] for query in queries[:n]]
+        low, high = min(map(min, scores)), max(map(max, scores))
+        for line, row in zip(lines, scores):
+            line += [0.2 + 0.8 * (x - low) / (high - low) for x in row]      # light to solid
+            line += [0.0, 0.0]                                               # blank, between maps
+    heatmap(lines, 0.0, 1.0)
+
+def show_changes(ways, distance=3):
+    """Move a query and the key 3 before it by s -> {way: change of their score, for all s}."""
+    changes = {}
+    for way, (queries, keys, _) in ways.items():
+        scores = list(map(score, queries[distance:], keys))
+        changes[way] = [abs(moved - scores[0]) for moved in scores[1:]]
+    largest = list(map(max, changes.values()))
+    print(f"\n  largest change of a score if both positions move, by 1 to {len(scores) - 1:,}")
+    bars(list(zip(changes, largest)))
+    check("rotary scores stay but for rounding", largest[2] < 1e-11, f"{largest[2]:.0e}")
+    check("scores with added positions do not", min(largest[:2]) > 1e-5)
     return changes
 
 # 4. The rotation ----------------------------------------------------------------------------------
-# R(p) is the matrix that apply_rope multiplies by. Undoing a turn is turning back, so its transpose
-# is R(-p), and the score of a turned query and key is (R(m) q)ᵀ R(n) k = qᵀ R(n - m) k. The same
-# transpose takes gradients back: d (gᵀ R(m) x) / d x = R(m)ᵀ g = R(-m) g.
-# A pair (a, b) is also the complex number a + ib, which e^(i angle) turns. With h_i = q_i times the
-# conjugate of k_i, the score is the real part of Σ h_i e^(i (m-n) θ_i), whose absolute value is the
-# envelope. Su et al. 2021, section 3.4.3, bound it by max |h_(i+1) - h_i| (0 after the last) times
-# Σ |S_j| with the partial sums S_j = Σ_{i<j} e^(i (m-n) θ_i): summation by parts.
+# A fast pair tells neighbours apart, but soon comes round: its wavelength, the tokens of a full
+# turn, is 2π / frequency, from 2π to nearly 2π base. Slow pairs tell far from near. Below, the
+# matrix R(p) is what apply_rope multiplies by: it turns pair i by p times its frequency θ_i.
+def show_wavelengths(head_dim=128, base=10000.0):
+    wavelengths = [2 * pi / theta for theta in inverse_frequencies(head_dim, base)]
+    plot(f"tokens of a full turn, over pairs; head_dim {head_dim}, base {base:,.0f} (y axis log)",
+         {"wavelength": list(enumerate(wavelengths))}, log_y=True, height=7)
+
+def show_rotation(rng, frequencies, n_trials=50):
+    """Three identities on random vectors at random positions: the largest deviations."""
+    relative = norm = gradient = 0.0
+    for _ in range(n_trials):
+        m, n = rng.sample(range(1000), 2)
+        x, y = gaussian(rng, HEAD_DIM), gaussian(rng, HEAD_DIM)
+        turned = apply_rope(x, m, frequencies)
+        # Undoing a turn is turning back, so the transpose of R(m) is R(-m). The score of a query x
+        # at m and a key y at n is then (R(m) x)ᵀ R(n) y = xᵀ R(n - m) y: the distance alone.
+        exact = dot(x, apply_rope(y, n - m, frequencies))
+        relative = max(relative, abs(dot(turned, apply_rope(y, n, frequencies)) - exact))
+        # With y = x and n = m, the same line says that a turn keeps the length of a vector.
+        norm = max(norm, abs(dot(turned, turned) / dot(x, x) - 1.0))
+        # As a function of x, yᵀ R(m) x has the slope R(m)ᵀ y = R(-m) y: gradients are turned back.
+        leaves = list(map(Value, x))
+        dot(apply_rope(leaves, m, frequencies), y).backward()
+        slope = [leaf.grad for leaf in leaves]
+        gradient = max(gradient, deviation(slope, apply_rope(y, -m, frequencies)))
+    check("R(m)^T R(n) = R(n - m)", relative < 1e-11, f"{relative:.0e}")
+    check("a rotation keeps the norm", norm < 1e-11, f"{norm:.0e}")
+    check("autograd: gradients are turned back", gradient < 1e-11, f"{gradient:.0e}")
+
+# Does a score fade with distance? A pair (a, b) is also the complex number a + ib, which e^(iφ)
+# turns by φ. With h_j = q_j times the conjugate of k_j, the score at distance m is the real part of
+# Σ h_j e^(i m θ_j), whose absolute value is the envelope. Summed by parts, it is at most Σ |S_j|
+# times max |h_(j+1) - h_j|, h after the last being 0 and S_j the sum of the first j e^(i m θ).
 def decay(query, key, distance, frequencies):
-    """-> (envelope of the score before scaling, the paper's bound on it); layout "half"."""
+    """In layout "half" -> (envelope of the unscaled score, its bound by Su et al. 2021, 3.4.3)."""
     n = len(frequencies)
     h = [complex(a, b) * complex(c, -d) for a, b, c, d in zip(query, query[n:], key, key[n:])]
-    turns = [rect(1.0, distance * frequency) for frequency in frequencies]
-    steps = max(abs(b - a) for a, b in zip(h, h[1:] + [0.0]))
-    return abs(sum(map(mul, h, turns))), steps * sum(map(abs, accumulate(turns)))
+    turns = [complex(cos(distance * theta), sin(distance * theta)) for theta in frequencies]
+    envelope = abs(sum(map(mul, h, turns)))
+    largest_step = max(abs(after - before) for before, after in zip(h, h[1:] + [0.0]))
+    return envelope, largest_step * sum(map(abs, accumulate(turns)))
 
-def show_rotation(rng, frequencies):
-    """RᵀR, norms and gradients of random vectors at random positions: the largest deviations."""
-    relative, norm, gradient = [], [], []
-    for _ in range(50):
-        (m, n), (x, y) = rng.sample(range(1000), 2), [gaussian(rng, HEAD_DIM) for _ in "xy"]
-        turned, leaves = apply_rope(x, m, frequencies), list(map(Value, x))
-        back = dot(x, apply_rope(y, n - m, frequencies))
-        relative.append(abs(dot(turned, apply_rope(y, n, frequencies)) - back))
-        norm.append(abs(dot(turned, turned) / dot(x, x) - 1.0))
-        dot(apply_rope(leaves, m, frequencies), y).backward()
-        gradient.append(deviation([x.grad for x in leaves], apply_rope(y, -m, frequencies)))
-    for claim, errors in (("R(m)^T R(n) = R(n - m)", relative),
-                          ("a rotation keeps the norm", norm),
-                          ("autograd: backwards through a rotation is the inverse", gradient)):
-        check(claim, max(errors) < 1e-11, f"{max(errors):.0e}")
-
-def show_decay(rng, frequencies, head_dim=128):
-    """Wavelengths; then score and bound over distance -> [(distance, envelope, bound)]."""
-    plot(f"tokens for a full turn, the wavelength, over pairs, head_dim {head_dim} (y axis log)",
-         {f"base {base:,}": [(i, 2 * pi / frequency) for i, frequency
-                             in enumerate(inverse_frequencies(head_dim, base))]
-          for base in (500_000, 10_000)}, log_y=True, height=7)
-    query, key = gaussian(rng, HEAD_DIM), gaussian(rng, HEAD_DIM)
-    check("|score| ≤ envelope ≤ the paper's bound, at every distance below 1,000", all(
-        abs(dot(apply_rope(query, m, frequencies), key)) <= envelope + 1e-9 <= bound + 2e-9
-        for m in range(1000) for envelope, bound in [decay(query, key, m, frequencies)]))
-    same, many = gaussian(rng, head_dim), inverse_frequencies(head_dim)
-    distances = sorted({round(10 ** (i / 20)) for i in range(81)})
-    curve = [(m, *decay(same, same, m, many)) for m in distances]
+def show_decay(rng, head_dim=128):
+    """A key like the query -> [(distance, envelope of their score, bound)]."""
+    x, frequencies = gaussian(rng, head_dim), inverse_frequencies(head_dim)
+    curve = [(m, *decay(x, x, m, frequencies)) for m in range(1, 3001)]
     print()
-    plot("a key like the query, over distance, before scaling (both axes log)",
+    plot("score of a query with a key like it, before scaling, over distance (both axes log)",
          {"the paper's bound": [(m, bound) for m, _, bound in curve],
-          "sum of |h|, a bound without any turn": [(m, dot(same, same)) for m, _, _ in curve],
-          "envelope of the score": [(m, envelope) for m, envelope, _ in curve]}, True, True, 80, 9)
-    below = sum(bound < dot(same, same) for _, _, bound in curve)
-    print(f"  The paper's bound is below the sum of |h| at {below} of {len(curve)} distances.\n")
+          "envelope of the score": [(m, envelope) for m, envelope, _ in curve]},
+         log_x=True, log_y=True, height=8)
+    loose = sum(bound > dot(x, x) for _, _, bound in curve)
+    print(f"  The bound is above the score at distance 0 at {loose:,} of {len(curve):,} distances.")
+    check("|score| ≤ envelope ≤ the paper's bound, at every distance of the chart", all(
+        abs(dot(apply_rope(x, m, frequencies), x)) <= envelope + 1e-9 <= bound + 2e-9
+        for m, envelope, bound in curve))
     return curve
 
 # A head that attends k tokens back: with a constant key u = (1, ..., 1, 0, ..., 0) and the query
-# R(-k) u, the score is Σ cos((m - n - k) θ_i), largest where n = m - k, for any m. Sinusoids are
-# R(p) u: a projection that turns them by -k does the same, if they are all it sees. So does a
-# learned table that came to hold the sinusoids, up to its last row. A position after that has no
-# vector; here it gets the last one, as when an index is clamped.
-def show_look_back(frequencies, k=5, n=1000, n_rows=500, sharpness=25.0):
-    """-> {way: (least weight on the token k back inside the table, least beyond, most beyond)}"""
-    places = [sinusoid(p, frequencies) for p in range(n)]
-    clamped = places[:n_rows] + places[n_rows - 1:n_rows] * (n - n_rows)
-    def back(vectors): return [apply_rope(vector, -k, frequencies) for vector in vectors]
-    def turned(vector): return [apply_rope(vector, p, frequencies) for p in range(n)]
-    ways = {"rotary": (turned(back(places)[0]), turned(places[0])),
-            "sinusoids alone": (back(places), places), "learned table": (back(clamped), clamped)}
-    results = {}
-    for name, (queries, keys) in ways.items():
-        def weight(m):
-            return softmax([sharpness * dot(queries[m], key) for key in keys[:m + 1]])[-1 - k]
-        inside, beyond = map(weight, range(k, n_rows, 15)), list(map(weight, range(n_rows, n, 15)))
-        results[name] = min(inside), min(beyond), max(beyond)
-    table([f"weight on the token {k} back", f"least below {n_rows}", "least beyond", "most beyond"],
-          *([name, *(f"{x:.4f}" for x in row)] for name, row in results.items()))
-    inside, _, beyond = results["learned table"]
-    check(f"the rotary head looks {k} back at every position", min(results["rotary"]) > 0.99)
-    check("the table's does so up to its last row, never after", inside > 0.99 > 0.01 > beyond)
-    return results
+# R(-k) u, the score is Σ cos((m - n - k) θ_i), largest where n = m - k, for any m. A learned table
+# that came to hold the sinusoids, R(p) u, does the same if a projection turns them by -k, up to its
+# last row. A position after that has no vector; here it gets the last, as when an index is clamped.
+def show_look_back(frequencies, k=5, n_rows=500, positions=(10, 250, 499, 500, 750, 999)):
+    """-> {way: {position: weight on the token k back}}"""
+    def weight_back(query, keys):
+        return softmax([25.0 * dot(query, key) for key in keys])[-1 - k]     # 25: to be sharp
+    places = [sinusoid(position, frequencies) for position in range(1000)]
+    rows = [places[min(position, n_rows - 1)] for position in range(1000)]
+    constant = sinusoid(-k, frequencies)
+    rotary_head, table_head = {}, {}
+    for m in positions:
+        rotary_head[m] = weight_back(apply_rope(constant, m, frequencies), places[:m + 1])
+        table_head[m] = weight_back(apply_rope(rows[m], -k, frequencies), rows[:m + 1])
+    print(f"\n  weight on the token {k} back, over position; the learned table has {n_rows} rows\n")
+    table(["position", *rotary_head], ["rotary", *(f"{x:.4f}" for x in rotary_head.values())],
+          ["learned table", *(f"{x:.4f}" for x in table_head.values())])
+    check(f"the rotary head looks {k} back wherever it stands", min(rotary_head.values()) > 0.99)
+    check("the table's does so up to its last row, not after", all(
+        x > 0.99 if m < n_rows else x < 0.01 for m, x in table_head.items()))
+    return {"rotary": rotary_head, "learned table": table_head}
 
 # 5. Two layouts -----------------------------------------------------------------------------------
 # Which numbers form a pair does not matter, as long as it is always the same: a dot product is a
@@ -334,29 +343,30 @@ def show_look_back(frequencies, k=5, n=1000, n_rows=500, sharpness=25.0):
 # pair i with i + head_dim / 2: one cut instead of many. To convert, reorder the rows of the query
 # and key matrices (nothing turns the values) in every head: even rows first, then the odd ones.
 def permute_rows(weight, n_heads):
-    """Rows of a query or key matrix for layout "interleaved" -> for layout "half".
-
-    weight: [n_heads * head_dim][any]. ValueError if the rows are not n_heads even heads."""
+    """Rows of a query or key matrix [n_heads * head_dim][any] for layout "interleaved" -> for
+    layout "half". ValueError if the rows are not n_heads heads of an even head_dim."""
     head_dim = len(weight) // n_heads if n_heads > 0 else 0
     if head_dim < 2 or head_dim % 2 or head_dim * n_heads != len(weight):
         raise ValueError(f"{len(weight)} rows are not {n_heads} heads of an even head_dim")
-    order = [i for half in zip(*pairs(head_dim, "interleaved")) for i in half]
+    order = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
     return [weight[start + i] for start in range(0, len(weight), head_dim) for i in order]
 
 def show_layouts(rng, weights, frequencies, n=12):
-    """Which of 8 numbers pair up; then a head and its conversion."""
-    for layout in "interleaved", "half": print(f"  {layout:<12}", *pairs(8, layout))
-    print("  permute_rows", *permute_rows(list(range(8)), 1), end="\n\n")
-    xs, rows, runs = [gaussian(rng, D_MODEL) for _ in range(n)], [], []
+    """One head in either layout: the same scores from other vectors."""
+    for layout in "interleaved", "half": print(f"  pairs of 8, {layout:<12}", *pairs(8, layout))
+    print()
+    xs = random_tokens(rng, n)
     converted = weights | {part: permute_rows(weights[part], 1) for part in ("query", "key")}
-    for layout, head in ("interleaved", weights), ("half", converted):
-        q, k, _ = project(head, xs, range(n), turn=rotary(frequencies, layout))
-        runs.append((q + k, [score(query, key) for query in q for key in k]))
-        rows.append([layout, " ".join(f"{x:+.4f}" for x in q[3][:6]), f"{score(q[3], k[0]):+.9f}"])
-    table(["layout", "the turned query at 3 begins", "its score with key 0"], *rows)
-    (old, scores), (new, same) = runs
+    old, old_keys, _ = project(weights, xs, range(n), turn=rotary(frequencies, "interleaved"))
+    new, new_keys, _ = project(converted, xs, range(n), turn=rotary(frequencies, "half"))
+    scores = [score(query, key) for query in old for key in old_keys]
+    same = [score(query, key) for query in new for key in new_keys]
+    table(["layout", "the turned query at 3 begins", "its score with key 0"],
+          ["interleaved", digits(old[3]), f"{scores[3 * n]:+.9f}"],
+          ["half", digits(new[3]), f"{same[3 * n]:+.9f}"])
+    permuted = [permute_rows(vector, 1) for vector in old + old_keys]
     check("permuted rows: the same turned numbers in another order, bit for bit; same scores",
-          [permute_rows(x, 1) for x in old] == new and deviation(scores, same) < 1e-12)
+          permuted == new + new_keys and deviation(scores, same) < 1e-12)
 
 # 6. Longer contexts -------------------------------------------------------------------------------
 # In training, a pair makes context / wavelength turns. Fast pairs see all angles; a slow one, with
@@ -371,23 +381,24 @@ def stretched(frequencies, factor, keep):
             for frequency, share in zip(frequencies, keep)]
 
 def ramp(x, low, high): return min(max((x - low) / (high - low), 0.0), 1.0)
+def turns_in(context, frequencies): return [context * x / (2 * pi) for x in frequencies]
+def pair_that_makes(turns, context, head_dim, base):         # turns = context base^(-2i/d) / 2π
+    return head_dim / 2 * log(context / (2 * pi * turns)) / log(base)
 
 def scale_linear(frequencies, factor):
     """[head_dim / 2], all divided by factor (ValueError if not positive). Chen et al. 2023."""
     return stretched(frequencies, factor, [0.0] * len(frequencies))
 
 def scale_ntk(head_dim, base, factor):
-    """-> [head_dim / 2] of a larger base: the first pair stays, the last is divided by factor.
-
-    base^(-(d-2)/d) falls by factor if base grows by factor^(d/(d-2)). Peng et al. 2023, section
-    3.1. ValueError as inverse_frequencies(), or if head_dim is below 4."""
+    """-> [head_dim / 2] of a larger base, times factor^(d/(d-2)): the first pair stays, the last,
+    base^(-(d-2)/d), is divided by factor. Peng et al. 2023, section 3.1. ValueError as in
+    inverse_frequencies(), and if head_dim is below 4 or factor not positive."""
     if head_dim < 4: raise ValueError(f"head_dim {head_dim}: the last pair would be the first")
     if not factor > 0.0: raise ValueError(f"factor {factor} is not positive: time would run back")
     return inverse_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2)))
 
 def scale_yarn(head_dim, base, factor, original_context, beta_fast=32.0, beta_slow=1.0):
     """-> (frequencies [head_dim / 2], attention_factor: what to multiply queries and keys by).
-
     Over beta_fast turns in original_context tokens: as it was; under beta_slow: divided by factor;
     between, linear in the index of the pair. The attention factor sharpens a softmax that more keys
     make flatter. Peng et al. 2023, sections 3.2 and 3.4. ValueError for a ramp that is none."""
@@ -395,10 +406,9 @@ def scale_yarn(head_dim, base, factor, original_context, beta_fast=32.0, beta_sl
     if not (original_context > 0 and 0.0 < beta_slow <= beta_fast):
         raise ValueError(f"original_context {original_context}, beta_fast {beta_fast}, beta_slow "
                          f"{beta_slow}: all must be positive and beta_fast the larger")
-    # turns = context base^(-2i/d) / 2π, solved for i, and rounded outwards as the authors do
-    first, last = (head_dim / 2 * log(original_context / (2 * pi * turns)) / log(base)
-                   for turns in (beta_fast, beta_slow))
-    low, high = max(floor(first), 0), min(ceil(last), head_dim - 1)
+    first = floor(pair_that_makes(beta_fast, original_context, head_dim, base))
+    last = ceil(pair_that_makes(beta_slow, original_context, head_dim, base))
+    low, high = max(first, 0), min(last, head_dim - 1)       # as the authors round and clamp
     if low > high: raise ValueError(f"no ramp within base {base}, {original_context} tokens")
     keep = [1.0 - ramp(i, low, max(high, low + 0.001)) for i in range(len(frequencies))]
     return stretched(frequencies, factor, keep), 0.1 * log(max(factor, 1.0)) + 1.0
@@ -406,117 +416,111 @@ def scale_yarn(head_dim, base, factor, original_context, beta_fast=32.0, beta_sl
 def scale_llama3(frequencies, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                  original_context=8192):
     """As Llama 3.1 has it: YaRN's idea, but linear in the turns themselves -> [head_dim / 2].
-
     high_freq_factor turns in original_context tokens and more: as it was; low_freq_factor and less:
     divided by factor. ValueError if a number is not positive or low not below high."""
     if not (original_context > 0 and 0.0 < low_freq_factor < high_freq_factor):
         raise ValueError(f"original_context {original_context}, low_freq_factor {low_freq_factor}, "
                          f"high_freq_factor {high_freq_factor}: need 0 < low < high, context > 0")
-    return stretched(frequencies, factor, [
-        ramp(original_context * frequency / (2 * pi), low_freq_factor, high_freq_factor)
-        for frequency in frequencies])
+    turns = turns_in(original_context, frequencies)
+    keep = [ramp(turn, low_freq_factor, high_freq_factor) for turn in turns]
+    return stretched(frequencies, factor, keep)
 
 def show_longer_contexts(head_dim=128, base=500000.0, context=8192, factor=8.0):
     """Llama 3.1's numbers in all methods -> {method: how many times slower each pair turns}."""
     plain = inverse_frequencies(head_dim, base)
-    turns = [context * frequency / (2 * pi) for frequency in plain]
-    yarn, attention_factor = scale_yarn(head_dim, base, factor, context)
-    scaled = {"unscaled": plain, "linear": scale_linear(plain, factor),
-              "NTK-aware": scale_ntk(head_dim, base, factor), "YaRN": yarn,
-              "Llama 3.1": scale_llama3(plain, factor, original_context=context)}
-    slower = {name: [x / y for x, y in zip(plain, fresh)] for name, fresh in scaled.items()}
+    turns = turns_in(context, plain)
+    methods = {"unscaled": plain, "linear": scale_linear(plain, factor),
+               "NTK-aware": scale_ntk(head_dim, base, factor),
+               "YaRN": scale_yarn(head_dim, base, factor, context)[0],
+               "Llama 3.1": scale_llama3(plain, factor, original_context=context)}
+    slower = {method: [old / new for old, new in zip(plain, scaled)]
+              for method, scaled in methods.items()}
+    rows = []
+    for i in [*range(0, len(plain), 8), len(plain) - 1]:
+        times = [f"{column[i]:.2f}" for column in slower.values()]
+        rows.append([str(i), f"{context / turns[i]:,.0f}", f"{turns[i]:,.3f}", *times])
+    slow = [turn < 1.0 for turn in turns].index(True)        # from here on, less than a turn
+    stay = [sum(isclose(x, 1.0) for x in column) for column in slower.values()]
+    new = [sum(not isclose(x, factor) for x in column[slow:]) for column in slower.values()]
     print(f"  times slower that pairs turn; base {base:,.0f}, {context:,} tokens x {factor:g}\n")
-    stays, full = ({name: [abs(x - y) < 1e-9 for x in times] for name, times in slower.items()}
-                   for y in (1.0, factor))
-    table(["pair", "wavelength", f"turns in {context:,}", *slower],
-          *([str(i), f"{2 * pi / plain[i]:,.0f}", f"{turns[i]:,.3f}",
-             *(f"{times[i]:.2f}" for times in slower.values())]
-            for i in [*range(0, len(plain), 8), len(plain) - 1]),
-          ["pairs that stay", "", "", *map(sum, stays.values())],
-          [f"pairs {factor:g} times slower", "", "", *map(sum, full.values())],
-          ["that meet new angles", "", f"by {factor * context:,.0f}", *(sum(
-              t < 1.0 and not x for t, x in zip(turns, known)) for known in full.values())])
-    print(f"  YaRN also multiplies all scores by {attention_factor ** 2:.3f}.")
-    check("linear: dividing the frequencies = dividing the positions, bit for bit", all(
-        sinusoid(p, scaled["linear"]) == sinusoid(p / factor, plain)
-        for p in range(0, 8 * context, 4999)))
+    table(["pair", "wavelength", f"turns in {context:,}", *slower], *rows,
+          ["pairs that stay", "", "", *stay], ["pairs with new angles", "", "", *new])
+    print(f"  New angles: under a turn in {context:,} tokens, further in {factor * context:,.0f}.")
     check("NTK-aware: the first pair stays, the last is divided",
-          stays["NTK-aware"][0] and full["NTK-aware"][-1])
-    check("pairs over 32 turns (YaRN) or 4 (Llama 3.1) stay, those under 1 are divided", all(
-        (t <= most or stay) and (t >= 1.0 or divided)
-        for name, most in (("YaRN", 32.0), ("Llama 3.1", 4.0))
-        for t, stay, divided in zip(turns, stays[name], full[name])))
+          isclose(slower["NTK-aware"][0], 1.0) and isclose(slower["NTK-aware"][-1], factor))
+    for method, most in ("YaRN", 32.0), ("Llama 3.1", 4.0):
+        fast = [isclose(x, 1.0) for x, turn in zip(slower[method], turns) if turn > most]
+        divided = [isclose(x, factor) for x in slower[method][slow:]]
+        check(f"{method}: pairs over {most:g} turns stay, those under 1 are divided",
+              all(fast) and all(divided))
     return slower
 
 # 7. The bugs people ship --------------------------------------------------------------------------
-# Each is a wrong `positions` or `turn`: nothing crashes, all shapes fit. The first token sees only
-# itself, at position 0, where every turn is none. So it comes out right.
+# Nothing crashes and all shapes fit. The first token sees only itself, at position 0, where every
+# turn is none: it comes out right, and so a test with one token passes.
 def show_wrong_layout(rng, weights, frequencies, n=100):
-    """Weights for "interleaved" run as "half" -> {position: mean error of a score with key 0}."""
-    queries, keys, _ = project(weights, [gaussian(rng, D_MODEL) for _ in range(n)], range(n))
+    """Weights for "interleaved" run as "half" -> {position: error of a score with key 0}."""
+    queries, keys, _ = project(weights, random_tokens(rng, n), range(n))
+    interleaved, half = rotary(frequencies, "interleaved"), rotary(frequencies, "half")
     errors = {}
     for position in (0, 1, 2, 4, 16, 256, 4096):
-        right, wrong = ([score(apply_rope(q, position, frequencies, layout), k)
-                         for q, k in zip(queries, keys)] for layout in ("interleaved", "half"))
+        right = [score(interleaved(query, position), key) for query, key in zip(queries, keys)]
+        wrong = [score(half(query, position), key) for query, key in zip(queries, keys)]
         errors[position] = sum(abs(a - b) for a, b in zip(right, wrong)) / sum(map(abs, right))
-    print("  weights of the other layout: mean error of a score with key 0, over the mean score")
+    print("  weights of the other layout: mean error of a score with key 0, over the mean |score|")
     bars([(f"query at {position:,}", error) for position, error in errors.items()])
     return errors
 
-def show_bugs(rng, weights, frequencies, n=24, prompt=12, factor=8.0, far=1000):
-    """Each bug beside the correct run -> {bug: (error of every output, change when all move)}."""
-    xs, turn = [gaussian(rng, D_MODEL) for _ in range(n)], rotary(frequencies)
-    slow, other = rotary(scale_linear(frequencies, factor)), rotary(frequencies, "interleaved")
-    def straight(start): return range(start, start + n)
-    def restarted(start): return [*range(start, start + prompt), *range(n - prompt)]
-    def twice(vector, position): return slow(vector, position / factor)
-    def outputs(positions, **ways): return attend(*project(weights, xs, positions, **ways))
-    bugs = {"none": (turn, straight, {"turn": turn}),
-            "weights of the other layout": (other, straight, {"turn": turn}),
-            "values turned too": (turn, straight, {"turn": turn, "turn_values": turn}),
-            f"restart at 0 after {prompt} tokens": (turn, restarted, {"turn": turn}),
-            "position and frequency scaled": (slow, straight, {"turn": twice})}
-    rows, results = [], {}
-    for bug, (right, positions, ways) in bugs.items():
-        truth = outputs(straight(0), turn=right)
-        wrong, moved = (outputs(positions(start), **ways) for start in (0, far))
-        size = max(abs(x) for row in truth for x in row)
-        error, change = ([x / size for x in map(deviation, run, wrong)] for run in (truth, moved))
-        results[bug] = error, max(change)
-        first = next((i + 1 for i, x in enumerate(error) if x > 0.0), "-")
-        rows.append([bug, first, f"{error[1]:.4f}", f"{max(error):.4f}", f"{max(change):.0e}"])
-    print()
-    table(["output error over largest output", "first wrong token", "token 2", "largest",
-           f"change if all move by {far:,}"], *rows)
-    none, layout, values, restart, scaling = results.values()
-    check("every bug: the first token exact, bit for bit, then wrong", max(none[0]) == 0.0 and all(
-        error[0] == 0.0 < max(error) for error, _ in (layout, values, restart, scaling)))
-    check("moving all positions betrays turned values and restarts, not the other two",
-          max(none[1], layout[1], scaling[1]) < 1e-11 and min(values[1], restart[1]) > 1e-6)
+def show_bugs(rng, weights, frequencies, n=24, prompt=12, factor=8.0):
+    """Each bug in a head whose frequencies are divided by factor -> {bug: errors of outputs}."""
+    xs = random_tokens(rng, n)
+    slow = scale_linear(frequencies, factor)
+    def outputs(positions, turn, turn_values=without):
+        return attend(*project(weights, xs, positions, turn=turn, turn_values=turn_values))
+    restarted = [*range(prompt), *range(n - prompt)]         # although the prompt is in the cache
+    divided = [position / factor for position in range(n)]
+    runs = {"none: positions divided instead": outputs(divided, rotary(frequencies)),
+            "positions divided, too": outputs(divided, rotary(slow)),
+            "weights of the other layout": outputs(range(n), rotary(slow, "interleaved")),
+            "values turned, too": outputs(range(n), rotary(slow), turn_values=rotary(slow)),
+            f"restart at 0 after {prompt} tokens": outputs(restarted, rotary(slow))}
+    truth = outputs(range(n), rotary(slow))
+    size = max(abs(x) for output in truth for x in output)
+    results, rows = {}, []
+    for bug, wrong in runs.items():
+        errors = [deviation(a, b) / size for a, b in zip(truth, wrong)]
+        first = next((token for token, error in enumerate(errors, 1) if error > 0.0), "-")
+        rows.append([bug, first, f"{errors[1]:.4f}", f"{max(errors):.4f}"])
+        results[bug] = errors
+    print(f"\n  frequencies divided by {factor:g}; errors over the largest number in the outputs\n")
+    table(["bug", "first wrong token", "error at token 2", "largest error"], *rows)
+    none, *wrong = results.values()
+    check("dividing the positions = dividing the frequencies, bit for bit", max(none) == 0.0)
+    check("every bug: the first token exact, bit for bit, then wrong",
+          all(errors[0] == 0.0 < max(errors) for errors in wrong))
     return results
 
 # 8. The real world --------------------------------------------------------------------------------
 # A pair that completes a turn within the context shows the same angle at several distances; one
-# that never does tells far from near without doubt. Pair i completes none if 2π base^(2i/d) exceeds
-# the context: if i > d/2 ln(context / 2π) / ln base. Public config files: base, head_dim, context.
-MODELS = {"Llama-2-7B": (10000.0, 128, 4096), "Llama-3-8B": (500000.0, 128, 8192)}
+# that never does tells far from near without doubt. Public config files: base and context.
+MODELS = {"Llama-2-7B": (10000.0, 4096), "Llama-3-8B": (500000.0, 8192)}
 LONG = 131072                            # what Llama 3.1 reaches, with its scaling
 
-def show_real_world():
+def show_real_world(head_dim=128):
     """Slowest pairs against contexts -> {(model, context): pairs that complete no turn}."""
-    rows, counts, formulas = [], {}, {}
-    for run in [(model, context) for model in MODELS for context in (MODELS[model][2], LONG)]:
-        base, head_dim, _ = MODELS[run[0]]
-        wavelengths = [2 * pi / frequency for frequency in inverse_frequencies(head_dim, base)]
-        counts[run] = sum(wavelength > run[1] for wavelength in wavelengths)
-        last = floor(head_dim / 2 * log(run[1] / (2 * pi)) / log(base))  # pair that completes one
-        formulas[run] = max(0, head_dim // 2 - 1 - last)
-        rows.append([run[0], f"{base:,.0f}", run[1], f"{wavelengths[-1]:,.0f}",
-                     f"{wavelengths[-1] / run[1]:.2f}", counts[run], formulas[run]])
+    rows = []
+    for model, (base, trained) in MODELS.items():
+        frequencies = inverse_frequencies(head_dim, base)
+        longest = 2 * pi / frequencies[-1]
+        for context in (trained, LONG):
+            turnless = sum(turn < 1.0 for turn in turns_in(context, frequencies))
+            formula = head_dim // 2 - 1 - floor(pair_that_makes(1.0, context, head_dim, base))
+            rows.append([model, f"{base:,.0f}", context, f"{longest:,.0f}",
+                         f"{longest / context:.2f}", turnless, max(formula, 0)])
     table(["model", "base", "context", "longest wavelength", "over context",
-           "of 64 pairs, no turn", "formula"], *rows)
-    check("pairs without a full turn: counted = formula", counts == formulas)
-    return counts
+           f"of {head_dim // 2} pairs, no turn", "formula"], *rows)
+    check("pairs without a full turn: counted = formula", all(row[-2] == row[-1] for row in rows))
+    return {(row[0], row[2]): row[-2] for row in rows}
 
 # Report -------------------------------------------------------------------------------------------
 # >>> shared: report (printing, charts, checks, command line; the same in every script)
@@ -616,15 +620,18 @@ def main(seed=42):
     weights, frequencies = random_head(rng), inverse_frequencies(HEAD_DIM)
     section("1. Autograd", show_autograd, rng)
     section("2. An attention head", show_head, rng, weights)
-    results["changes"] = section("3. Three ways", show_three_ways, rng, weights, frequencies)
-    section("4. The rotation", show_rotation, rng, frequencies)
-    results["decay"] = show_decay(rng, frequencies)
+    ways = three_ways(rng, weights, frequencies)
+    section("3. Three ways", show_maps, ways)
+    results["changes"] = show_changes(ways)
+    section("4. The rotation", show_wavelengths)
+    show_rotation(rng, frequencies)
+    results["decay"] = show_decay(rng)
     results["look_back"] = show_look_back(frequencies)
     section("5. Two layouts", show_layouts, rng, weights, frequencies)
     results["slower"] = section("6. Longer contexts", show_longer_contexts)
-    results["drift"] = section("7. The bugs people ship", show_wrong_layout, rng, weights,
-                               frequencies)
-    results["bugs"] = show_bugs(rng, weights, frequencies)
+    setup = rng, weights, frequencies
+    results["drift"] = section("7. The bugs people ship", show_wrong_layout, *setup)
+    results["bugs"] = show_bugs(*setup)
     results["turnless"] = section("8. The real world", show_real_world)
     return finish(started, **results)
 

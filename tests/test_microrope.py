@@ -1,6 +1,7 @@
 """microrope: the rotation, its layouts, the scaled frequencies and the bugs."""
 import math
 import random
+import re
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -226,13 +227,12 @@ def test_the_head_is_attention_written_out():
 def test_exhibits(seed, measured):
     results = measured("microrope", seed)
     assert all(results["checks"].values())
-    none, layout, values, restart, scaling = results["bugs"].values()
-    assert max(none[0]) == 0.0 and none[1] < 1e-12
-    for error, _ in (layout, values, restart, scaling):
-        assert error[0] == 0.0 and max(error) > 1e-3
-    assert restart[0][:12] == [0.0] * 12 and restart[0][12] > 0.0
-    assert layout[1] < 1e-12 and scaling[1] < 1e-12                  # still position-free
-    assert values[1] > 0.1 and restart[1] > 1e-3                     # no longer
+    none, scaling, layout, values, restart = results["bugs"].values()
+    assert none == [0.0] * 24
+    for errors in (scaling, layout, values, restart):
+        assert len(errors) == 24 and errors[0] == 0.0 and max(errors) > 1e-3
+    assert min(scaling[1], layout[1], values[1]) > 0.0
+    assert restart[:12] == [0.0] * 12 and restart[12] > 0.0
     drift = results["drift"]
     assert drift[0] == 0.0 < drift[1] < 0.8 and drift[4] > drift[1] and drift[4096] > 0.8
 
@@ -241,15 +241,58 @@ def test_exhibits(seed, measured):
 def test_key_figures(seed, measured):
     results = measured("microrope", seed)
     sinusoids, learned, rotary = results["changes"].values()
-    assert len(rotary) == 1000 and max(rotary) < 1e-12
+    assert len(sinusoids) == len(learned) == len(rotary) == 1000 and max(rotary) < 1e-12
     assert max(sinusoids) > 0.1 and max(learned) > 0.1
-    rotary, sinusoids, learned = results["look_back"].values()
-    assert min(*rotary, *sinusoids, learned[0]) > 0.99 and learned[2] < 1e-4
+    rotary, learned = results["look_back"].values()
+    assert min(rotary.values()) > 0.99
+    assert [learned[m] > 0.99 for m in learned] == [m < 500 for m in learned]
+    assert max(learned[m] for m in learned if m >= 500) < 1e-4
     curve = results["decay"]
-    assert [m for m, *_ in curve] == sorted({m for m, *_ in curve}) and curve[-1][0] == 10000
-    assert curve[-1][1] < 0.7 * curve[0][1] and curve[-1][2] < 0.5 * curve[0][2]
+    assert [m for m, *_ in curve] == list(range(1, 3001))
+    near, far = curve[:10], curve[-1000:]
+    assert sum(envelope for _, envelope, _ in far) / 1000 < 0.7 * min(envelope for _, envelope, _ in near)
+    assert sum(bound for *_, bound in far) / 1000 < 0.5 * min(bound for *_, bound in near)
     assert list(results["turnless"].values()) == [18, 0, 29, 15]
     assert [len(x) for x in results["slower"].values()] == [64] * 5
+
+
+def test_pairs_of_each_method_as_printed(first_run):
+    out = first_run("microrope").out
+    assert re.search(r"^  pairs that stay +64 +0 +1 +19 +29$", out, re.M)
+    assert re.search(r"^  pairs with new angles +29 +0 +28 +0 +0$", out, re.M)
+    assert re.search(r"^  40 +22,911 +0\.358 +1\.00 +8\.00 +3\.74 +8\.00 +8\.00$", out, re.M)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 11, 100, -3])
+def test_only_the_rotary_way_is_free_of_positions(distance):
+    """Every shift that fits the positions, and distances that the exhibit does not show."""
+    rng, size = random.Random(distance), 1004
+    ways = rope.three_ways(rng, rope.random_head(rng), rope.inverse_frequencies(rope.HEAD_DIM), size)
+    largest = {}
+    for way, (queries, keys, _) in ways.items():
+        scores = [rope.score(queries[m], keys[m - distance]) for m in range(size)
+                  if 0 <= m - distance < size]
+        assert len(scores) == size - abs(distance)
+        largest[way] = max(abs(score - scores[0]) for score in scores)
+    sinusoids, learned, rotary = largest.values()
+    assert rotary < 1e-11 and min(sinusoids, learned) > 0.1
+
+
+def test_look_back_at_many_positions():
+    found = rope.show_look_back(rope.inverse_frequencies(rope.HEAD_DIM), positions=range(5, 1000, 15))
+    assert min(found["rotary"].values()) > 0.99
+    for m, weight in found["learned table"].items():
+        assert weight > 0.99 if m < 500 else weight < 1e-4
+
+
+@given(SEEDS, HEAD_DIMS, st.integers(0, 65536), st.sampled_from([2.0, 8.0, 32.0]))
+@some
+def test_linear_scaling_is_an_interpolation_of_positions(seed, head_dim, position, factor):
+    """A factor that is a power of two rounds nothing, so bit for bit."""
+    x, _ = vectors(seed, head_dim)
+    plain = rope.inverse_frequencies(head_dim)
+    slow = rope.scale_linear(plain, factor)
+    assert rope.apply_rope(x, position, slow) == rope.apply_rope(x, position / factor, plain)
 
 
 def test_longest_wavelengths_approach_two_pi_times_base():

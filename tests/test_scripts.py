@@ -224,7 +224,7 @@ def test_interrupt_ends_quietly(name):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"})
     process.stdout.readline()            # the title: main has begun
-    time.sleep(0.2)
+    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (130, b"")
