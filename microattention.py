@@ -1,8 +1,8 @@
 """The variants of attention differ in what they remember: all keys and values, fewer, or a digest.
 
-Every position compares its query with the keys of the earlier ones and mixes their values to match.
-A model that writes keeps all keys and values (the KV cache), which at long contexts outgrow its
-weights. Each variant saves there and pays elsewhere; all are made here from one multi-head layer.
+Every position of a text compares its query with the keys of the earlier ones and mixes their values
+to match. A model that writes keeps all keys and values (the KV cache), and at long contexts they
+outgrow its weights. Each variant saves there and pays elsewhere; all are made here from one layer.
 
   Vaswani et al. 2017 (1706.03762) multi-head     Shazeer 2019 (1911.02150) multi-query, MQA
   Ainslie et al. 2023 (2305.13245) grouped, GQA   Jiang et al. 2023 (2310.06825) sliding window
@@ -22,8 +22,7 @@ weights. Each variant saves there and pays elsewhere; all are made here from one
   10. The real world       the caches of real models, by the formula just verified
 """
 import argparse, codecs, gc, os, random, sys, time
-from collections import defaultdict
-from copy import copy
+from collections import defaultdict, namedtuple
 from math import cos, exp, hypot, log, sin, sqrt
 from operator import mul
 
@@ -127,49 +126,56 @@ def train(parameters, loss_at, steps, rate):
     return curve
 # <<< shared: autograd
 
-def vectors(rng, *shape):
-    """An array of that shape, of independent Gaussians with variance 1."""
-    return [vectors(rng, *shape[1:]) for _ in range(shape[0])] if shape else rng.gauss(0.0, 1.0)
+def vectors(rng, *sizes, spread=1.0):
+    """An array of these sizes, of independent Gaussians with that standard deviation."""
+    if not sizes: return rng.gauss(0.0, spread)
+    return [vectors(rng, *sizes[1:], spread=spread) for _ in range(sizes[0])]
 
+# Arrays are nested lists. Heads are [n_heads][n][width], and joined, [n][n_heads width].
 def leaves(array): return list(map(leaves, array)) if type(array) is list else Value(array)
-def gradient(values): return hypot(*(x.grad for x in values))
+def numbers(array): return sum(map(numbers, array), []) if type(array) is list else [array]
+def join_heads(heads): return [sum(parts, []) for parts in zip(*heads)]
+def one_hot(n): return [[float(i == j) for j in range(n)] for i in range(n)]
 def mean(rows): return [sum(column) / len(rows) for column in zip(*rows)]
+def gradient_size(array): return hypot(*(x.grad for x in numbers(array)))
 
-def show_autograd(layer, xs, rng, h=1e-5):
+def show_autograd(rng, h=1e-5):
     """A derivative through a softmax by backward(), and by two evaluations."""
     def f(x): return softmax([x, x * x, 1.0 - x])[0]
     x = Value(rng.gauss(0.0, 1.0))
     f(x).backward()
     slope = (f(x.data + h) - f(x.data - h)) / (2.0 * h)
-    print(f"  softmax(x, x², 1 - x): {x.grad:+.9f} by backward(), {slope:+.9f} by differences")
+    print(f"  slope of a softmax: {x.grad:+.9f} by backward(), {slope:+.9f} by differences")
     check("backward() gives the slope of the function", abs(x.grad - slope) < 1e-8)
 
 # 2. A single head ---------------------------------------------------------------------------------
-# A look-up in a dictionary, made soft: a position states a query, every position offers a key, and
-# the softmax of their dot products says how much of each value to take. Products of d numbers of
-# variance 1 add up to variance d, hence 1/√d. Causal: no position sees a later one.
-def repeat_heads(heads, n):
-    """Each head n times in a row (torch: repeat_interleave): [a, b] -> [a, a, b, b]."""
-    return [head for head in heads for _ in range(n)]
+# A look-up in a dictionary, made soft. Each position has three vectors: a query, what it looks for;
+# a key, what it is found by; a value, what it has to give. The dot products of a query with the
+# keys are its scores; their softmax says how much of each value to take. Causal: a position sees
+# itself and earlier ones. Dot products over d numbers of variance 1 have variance d: hence 1/√d.
+def attend(queries, keys, values, causal=True, window=None, scale=None):
+    """attention() unchecked. The queries may be those of the last positions only."""
+    scale = scale or len(keys[0][0]) ** -0.5
+    outputs = []
+    for h, head in enumerate(queries):
+        kv_head = h * len(keys) // len(queries)
+        head_keys, head_values = keys[kv_head], values[kv_head]
+        outputs.append([])
+        for position, query in enumerate(head, len(head_keys) - len(head)):
+            end = position + 1 if causal else len(head_keys)
+            start = max(0, end - window) if window else 0
+            weights = softmax([dot(query, key) * scale for key in head_keys[start:end]])
+            COUNT["scores"] += len(weights)
+            outputs[-1].append([dot(weights, column) for column in zip(*head_values[start:end])])
+    return outputs
 
-def patterns(queries, keys, causal=True, window=None, scale=None):
-    """-> [n_heads][n_queries] of (range of keys seen, their weights); for the last queries."""
-    scale, found = scale or len(queries[0][0]) ** -0.5, []
-    for head, k in zip(queries, repeat_heads(keys, len(queries) // len(keys))):
-        rows = []
-        for position, query in enumerate(head, len(k) - len(head)):
-            stop, q = position + 1 if causal else len(k), [x * scale for x in query]
-            seen = range(max(0, stop - window) if window else 0, stop)
-            rows.append((seen, softmax([dot(q, k[j]) for j in seen])))
-            COUNT["scores"] += len(seen)
-        found.append(rows)
-    return found
-
-def mix(heads, values):
-    """The values seen, in proportion to their weights -> [n_heads][n_queries][value width]."""
-    return [[[dot(weights, column) for column in zip(*v[seen.start:seen.stop])]
-             for seen, weights in rows]
-            for rows, v in zip(heads, repeat_heads(values, len(heads) // len(values)))]
+def shape(heads):
+    """(number of heads, length, width) of three levels of lists."""
+    lengths = {len(head) for head in heads}
+    widths = {len(vector) for head in heads for vector in head}
+    if len(lengths) != 1 or len(widths) != 1 or 0 in widths: raise ValueError(
+        f"empty or ragged: {len(heads)} heads, lengths {list(lengths)}, widths {list(widths)}")
+    return len(heads), min(lengths), min(widths)
 
 def attention(queries, keys, values, causal=True, window=None):
     """Softmax attention. Vaswani et al. 2017, equation 1; shared heads as in Ainslie et al. 2023.
@@ -177,197 +183,166 @@ def attention(queries, keys, values, causal=True, window=None):
     floats -> [n_heads][seq_len][head_dim]; values and output may have another width. Query head h
     uses kv head h // (n_heads / n_kv_heads). causal: position i sees 0..i; window: i-window+1..i.
     ValueError: empty, ragged or unequal shapes; a window < 1 or without causal."""
-    shapes = [{(len(heads), len(head), len(vector)) for head in heads for vector in head or [()]}
-              for heads in (queries, keys, values)]
-    if not all(len(shape) == 1 and 0 not in min(shape) for shape in shapes): raise ValueError(
-        f"empty or ragged: (heads, length, width) of queries, keys, values: {shapes}")
-    (n_heads, *size), (n_kv_heads, *kv_size), value_shape = (min(shape) for shape in shapes)
-    if n_heads % n_kv_heads: raise ValueError(f"{n_heads} heads: not a multiple of {n_kv_heads}")
-    if size != kv_size or (n_kv_heads, size[0]) != value_shape[:2]: raise ValueError(
-        f"(heads, length, width) of queries, keys, values do not fit: {shapes}")
-    if window is not None and not (isinstance(window, int) and window >= 1 and causal):
+    q, k, v = shape(queries), shape(keys), shape(values)
+    if q[0] % k[0]: raise ValueError(f"{q[0]} heads: not a multiple of {k[0]}")
+    if q[1:] != k[1:] or k[:2] != v[:2]: raise ValueError(
+        f"(heads, length, width) do not fit: queries {q}, keys {k}, values {v}")
+    if window is not None and not (causal and isinstance(window, int) and window >= 1):
         raise ValueError(f"window {window}, causal {causal}: must be an integer >= 1, and causal")
-    return mix(patterns(queries, keys, causal, window), values)
+    return attend(queries, keys, values, causal, window)
 
-def show_single_head(layer, xs, rng, n=6, i=4):
-    """One position looks things up: the derivatives of what it gets, by what each position has."""
-    q, k, v = vectors(rng, 3, 1, n, 8)
-    weights, values = patterns(q, k)[0][i][1] + [0.0] * (n - i - 1), leaves(v)
-    attention(q, k, values)[0][i][0].backward()
+def patterns(queries, keys, causal=True):
+    """The weights themselves, [n_heads][n][n]: what attention gives for values that are one-hot."""
+    return attention(queries, keys, [one_hot(len(keys[0]))] * len(keys), causal)
+
+def show_single_head(rng, n=6, position=4):
+    queries, keys, values = vectors(rng, 3, 1, n, 8)
+    values = leaves(values)
+    attention(queries, keys, values)[0][position][0].backward()
     slopes = [value[0].grad for value in values[0]]
-    print(f"  d output / d value by autograd, output of position {i}, values of:")
-    bars([(f"position {j}, query · key {dot(q[0][i], k[0][j]):+.2f}", slopes[j]) for j in range(n)])
-    check("d output / d value = weight of the value; 0 for the future", slopes == weights)
+    print(f"  what position {position} of {n} takes from each: d output / d value by autograd")
+    bars([(f"position {j}", slope) for j, slope in enumerate(slopes)])
+    check("d output / d value = its weight, or 0", slopes == patterns(queries, keys)[0][position])
 
 # 3. Multi-head attention --------------------------------------------------------------------------
-# One softmax makes one choice, so a layer has n_heads heads: as many patterns, for the arithmetic
-# of one. A head knows no order: the last rope_dim numbers of queries and keys are rotated in
-# proportion to their position (RoPE), as in GPT-J; section 7 needs the others as they are.
-def cut(sequence, n):
-    """-> the n equal parts of a sequence."""
-    size = len(sequence) // n
-    return [sequence[start:start + size] for start in range(0, n * size, size)]
-
+# One softmax makes one choice. So a layer has n_heads heads, each with its share of the numbers: as
+# many patterns, for the weights and the arithmetic of one wide head. A head knows no order, so the
+# last rope_dim numbers of its queries and keys are rotated by their position (RoPE, see microrope).
 def rotate(vector, position, rope_dim, base=10000.0):
     """The last rope_dim numbers of a vector turned in pairs of neighbours. Su et al. 2021."""
-    still = len(vector) - rope_dim
-    turned = vector[:still]
+    turned = vector[:len(vector) - rope_dim]
     for i in range(0, rope_dim, 2):
-        angle, pair = position * base ** (-i / rope_dim), vector[still + i:still + i + 2]
-        turned += [dot(pair, [cos(angle), -sin(angle)]), dot(pair, [sin(angle), cos(angle)])]
+        angle = position * base ** (-i / rope_dim)
+        x, y = vector[len(turned):len(turned) + 2]
+        turned += [x * cos(angle) - y * sin(angle), x * sin(angle) + y * cos(angle)]
     return turned
 
-def project(xs, weight, n_heads, position=0, rope_dim=0):
-    """xs [n][d_model] -> [n_heads][n][head_dim], rotated, the first of them at `position`."""
-    rows = [[rotate(head, position + i, rope_dim) for head in cut(row, n_heads)]
-            for i, row in enumerate(linear(xs, weight))]
-    return list(map(list, zip(*rows)))
+class Layer(namedtuple("Layer", "rope_dim weights window", defaults=[None])):
+    """Attention over vectors of d_model numbers: MHA, GQA or MQA, with a window or without.
+    weights: "query", "key", "value" [heads][head_dim][d_model]; "out" [d_model][heads head_dim]."""
+    def project(self, name, xs):
+        """Heads of a weight times xs [n][d_model] -> [heads][n][width]; RoPE where it belongs."""
+        rope_dim = self.rope_dim if name in ("query", "key", "rope") else 0
+        heads = [linear(xs, head) for head in self.weights[name]]
+        return [[rotate(x, i, rope_dim) for i, x in enumerate(head)] for head in heads]
 
-def kv_bytes_per_token(n_layers, n_kv_heads, key_dim, value_dim, bytes_per_number=2):
-    """What one token adds to the cache: a key and a value per layer and kv head."""
-    return n_layers * n_kv_heads * (key_dim + value_dim) * bytes_per_number
+    def remember(self, xs):
+        """What a cache holds of xs: keys and values, [n_kv_heads][n][head_dim] each."""
+        return [self.project("key", xs), self.project("value", xs)]
 
-class Layer:
-    """Attention over d_model numbers a position: MHA, GQA, MQA, each with a window or without.
-    weights: "query", "key", "value" [heads head_dim][d_model], "out" [d_model][n_heads head_dim]; a
-    cache is a list of (key, value), one pair for each position, over all kv heads."""
-    def __init__(self, n_heads, n_kv_heads, rope_dim, weights, window=None):
-        self.n_heads, self.n_kv_heads, self.rope_dim = n_heads, n_kv_heads, rope_dim
-        self.weights, self.window, self.head_dim = weights, window, len(weights["query"]) // n_heads
-    def run(self, xs, cache, position=0):
-        """The next positions of a sequence: xs [n][d_model] -> [n][d_model]; the cache grows."""
-        queries = project(xs, self.weights["query"], self.n_heads, position, self.rope_dim)
-        cache += zip(*self.remember(xs, position))
-        COUNT["cached"] += sum(len(vector) for entry in cache[-len(xs):] for vector in entry)
-        mixed = self.look(queries, *zip(*cache))
-        if self.window: del cache[:-self.window]         # no later position will see more
-        return linear([sum(heads, []) for heads in zip(*mixed)], self.weights["out"])
-    def remember(self, xs, position):
-        """What to cache of xs -> two lists [n] of vectors: the keys, and the values."""
-        keys = project(xs, self.weights["key"], self.n_kv_heads, position, self.rope_dim)
-        return [sum(heads, []) for heads in zip(*keys)], linear(xs, self.weights["value"])
-    def look(self, queries, *cached):
-        """queries [n_heads][n][head_dim], all that is cached -> [n_heads][n][width]."""
-        keys, values = (list(zip(*(cut(row, self.n_kv_heads) for row in rows))) for rows in cached)
-        return mix(patterns(queries, keys, window=self.window), values)
-    # The formulas. pair_cost(): to score a (query, key) pair and to mix its value.
-    def kv_bytes(self): return kv_bytes_per_token(1, self.n_kv_heads, self.head_dim, self.head_dim)
-    def pair_cost(self): return 2 * self.head_dim
-    def n_weights(self): return sum(len(rows) * len(rows[0]) for rows in self.weights.values())
-    def n_scores(self, n, past=0):
-        return self.n_heads * sum(min(self.window or i, i) for i in range(past + 1, past + n + 1))
-    def multiply_adds(self, n, past=0):
-        """Of n positions after `past` others: all weights, 4 for a rotated pair, the scores."""
-        rotations = 2 * self.rope_dim * (self.n_heads + self.n_kv_heads)
-        return n * (self.n_weights() + rotations) + self.n_scores(n, past) * self.pair_cost()
+    def look(self, queries, keys, values):
+        """queries [n_heads][n][head_dim], of the last n positions -> [n_heads][n][width]."""
+        return attend(queries, keys, values, window=self.window)
+
+    def run(self, xs):
+        """A text of n positions: xs [n][d_model] -> [n][d_model]."""
+        cached = self.remember(xs)
+        COUNT["cached"] += len(numbers(cached))
+        heads = self.look(self.project("query", xs), *cached)
+        return linear(join_heads(heads), self.weights["out"])
+
+    # For the formulas. A score costs a multiply-add for each number of its key, and of its value.
+    def head_dim(self): return len(self.weights["query"][0])
+    def score_cost(self): return 2 * self.head_dim()
+    def cache_shape(self): return len(self.weights["key"]), self.head_dim(), self.head_dim()
 
 def random_layer(rng, d_model=32, n_heads=8, window=None):
     """MHA whose queries, keys and values have variance 1 if its inputs have."""
-    def matrix(n): return [[x / sqrt(n) for x in row] for row in vectors(rng, n, n)]
-    weights = {name: matrix(d_model) for name in ("query", "key", "value", "out")}
-    return Layer(n_heads, n_heads, d_model // n_heads // 4 * 2, weights, window)
+    head_dim, spread = d_model // n_heads, d_model ** -0.5
+    weights = {name: vectors(rng, n_heads, head_dim, d_model, spread=spread)
+               for name in ("query", "key", "value")}
+    weights["out"] = vectors(rng, d_model, d_model, spread=spread)
+    return Layer(head_dim // 4 * 2, weights, window)     # half of a head is rotated
 
-def changed(layer, **attributes):
-    """A copy of the layer that differs in these attributes."""
-    twin = copy(layer)
-    vars(twin).update(attributes)
-    return twin
-
-def distance(rows, reference):
-    """|rows - reference| / |reference|, over all numbers of two matrices."""
-    differences = (x - y for a, b in zip(rows, reference) for x, y in zip(a, b))
-    return hypot(*differences) / hypot(*sum(reference, []))
-
-def show_multi_head(layer, xs, rng):
-    """Patterns of four heads: a row for each query, a column for each key that it sees."""
-    queries, keys = (project(xs, layer.weights[name], layer.n_heads, 0, layer.rope_dim)
-                     for name in ("query", "key"))
-    columns = [[f"head {h}"] + ["".join(2 * "░▒▓█"[min(3, int(8 * w))] for w in weights)
-                                for _, weights in rows]
-               for h, rows in enumerate(patterns(queries, keys)[:4])]
-    for row in zip(*columns):
-        print("  " + "".join(f"{cell:<{2 * len(xs) + 3}}" for cell in row).rstrip())
-    print("  Rows are queries, columns keys; weights up to 1/8 ░, 1/4 ▒, 3/8 ▓, 1 █")
+def show_multi_head(layer, xs, n_shown=4):
+    queries, keys = layer.project("query", xs), layer.project("key", xs)
+    rows = [[] for _ in xs]
+    for head in patterns(queries, keys)[:n_shown]:
+        for row, weights in zip(rows, head): row += [min(w, 0.5) for w in weights] + [0.0, 0.0]
+    print(f"  weights of {n_shown} heads: queries down, keys across; blank below 1/16, █ from 7/16")
+    heatmap(rows, 0.0, 0.5)
 
 # 4. Multi-query (MQA) -----------------------------------------------------------------------------
 # To write one token, a model reads its whole cache. Shazeer's remedy: many query heads, but one key
 # head and one value head for all, a cache n_heads times smaller. By the chain rule the gradient of
 # a shared head is the sum of what every query head asks of it.
-def show_mqa(layer, xs, rng, n=6):
-    """What each query head asks of a key head that all share, and what the key head gets."""
-    (q, k, v), gradients = (vectors(rng, heads, 8, 4) for heads in (n, 1, 1)), []
-    for copies in 1, n:                      # one kv head for all, and a copy for each query head
-        kv = [leaves(repeat_heads(heads, copies)) for heads in (k, v)]
-        outputs = sum(sum(attention(q, *kv), []), [])
-        dot(outputs, outputs).backward()     # a loss, for want of a task: Σ output²
-        gradients.append([[x.grad for x in sum(head, [])] for heads in kv for head in heads])
+def distance(array, reference):
+    """|array - reference| / |reference|, over all numbers."""
+    differences = [x - y for x, y in zip(numbers(array), numbers(reference))]
+    return hypot(*differences) / hypot(*numbers(reference))
+
+def show_mqa(rng, n_heads=6):
+    """The gradient of one kv head for all query heads, and of a copy for each."""
+    queries = vectors(rng, n_heads, 8, 4)
+    keys, values = vectors(rng, 2, 1, 8, 4)
+    gradients = []
+    for n_copies in (1, n_heads):
+        heads = leaves(keys * n_copies + values * n_copies)
+        outputs = numbers(attention(queries, heads[:n_copies], heads[n_copies:]))
+        dot(outputs, outputs).backward()                 # a loss, for want of a task: Σ output²
+        gradients.append([[x.grad for x in numbers(head)] for head in heads])
     shared, own = gradients
     print("  size of the gradient in the keys: from each query head, and of the shared key head")
-    bars([(f"head {h}", hypot(*own[h])) for h in range(n)] + [("shared", hypot(*shared[0]))])
-    error = distance(shared, [[sum(column) for column in zip(*part)] for part in cut(own, 2)])
+    bars([(f"head {h}", hypot(*own[h])) for h in range(n_heads)] + [("shared", hypot(*shared[0]))])
+    sums = [[sum(column) for column in zip(*copies)] for copies in (own[:n_heads], own[n_heads:])]
+    error = distance(shared, sums)
     check("gradient of a shared kv head = sum over its query heads", error < 1e-12, f"{error:.0e}")
 
 # 5. Grouped-query (GQA) ---------------------------------------------------------------------------
-# A kv head for each group of query heads: between MHA and MQA. Trained MHA models are converted, a
-# group's new head being the mean of its old ones, and trained for a little longer. Why the mean?
-# It is nearest to all of them: with w = mean + e_i, Σ|w_i - x|² = Σ|e_i|² + n |mean - x|².
+# A kv head for each group of query heads. Trained MHA models are converted: a group's new head is
+# the mean of its old ones, and is trained for a little longer. The mean is nearest to all of them:
+# with w_i = mean + e_i and Σ e_i = 0, Σ|w_i - x|² = Σ|e_i|² + n |mean - x|².
 def share_heads(layer, n_kv_heads, pool=True):
     """MHA to GQA or MQA: a group's kv head is their mean, or the first. Ainslie et al. 2023."""
-    def merged(weight):
-        groups = cut(cut(weight, layer.n_heads), n_kv_heads)
-        return [mean(rows) if pool else rows[0] for group in groups for rows in zip(*group)]
-    weights = layer.weights | {name: merged(layer.weights[name]) for name in ("key", "value")}
-    return changed(layer, n_kv_heads=n_kv_heads, weights=weights)
+    def merged(group): return [mean(rows) for rows in zip(*group)] if pool else group[0]
+    weights = dict(layer.weights)
+    size = len(weights["key"]) // n_kv_heads
+    for name in ("key", "value"):
+        heads = weights[name]
+        weights[name] = [merged(heads[i * size:(i + 1) * size]) for i in range(n_kv_heads)]
+    return layer._replace(weights=weights)
 
 def show_gqa(layer, xs, rng, n_layers=24):
-    """The identities; random layers with merged heads -> [(error by mean, by first of group)]."""
-    same, errors = share_heads(layer, layer.n_heads).run(xs, []) == layer.run(xs, []), []
-    for heads in 1, 2, 4:
-        q, k, v = (vectors(rng, n, 8, 4) for n in (8, heads, heads))
-        copies = ([x[h * heads // 8] for h in range(8)] for x in (k, v))   # one per query head
-        same &= attention(q, *copies) == attention(q, k, v) == attention(q, k, v, window=8)
-    check("MQA, GQA = MHA with kv heads repeated; GQA with all = MHA; window of all = none", same)
+    """Random layers with merged heads -> [(error by mean, by first of group)]."""
+    errors = []
     for _ in range(n_layers):
         small, inputs = random_layer(rng, 16, 4), vectors(rng, 6, 16)
-        reference = small.run(inputs, [])
-        errors.append([distance(share_heads(small, 2, pool).run(inputs, []), reference)
+        errors.append([distance(share_heads(small, 2, pool).run(inputs), small.run(inputs))
                        for pool in (True, False)])
-    print(f"  output error of {n_layers} random layers with 4 kv heads merged to 2")
-    bars(list(zip(("mean of each group", "first of each group"), mean(errors))))
-    print(f"  The mean is nearer in {sum(a < b for a, b in errors)} of {n_layers} layers.")
+    print(f"  error |output - MHA's| / |MHA's|, mean of {n_layers} random layers, 4 kv heads to 2")
+    bars(list(zip(("mean of the group", "first of the group"), mean(errors))))
+    check("GQA with a kv head for every head = MHA", share_heads(layer, 8).run(xs) == layer.run(xs))
     return errors
 
 # 6. Sliding window --------------------------------------------------------------------------------
-# A position sees the last `window` positions, itself included, so the cache stops growing. The past
-# is not lost at once: what a layer below saw is in its outputs, and L layers reach back over
-# L (window - 1) + 1 positions. How much arrives from that far is another question: last column.
+# A position sees the last `window` positions, itself included; older ones need not be cached. But
+# the past is not lost at once: what a layer below saw is in its outputs, and L layers reach back
+# over L (window - 1) + 1 positions. (Norms, MLPs and residual connections mix no positions.)
 def reach(layers, xs):
-    """Size of d (last output) / d (input j). Norms and MLPs would add nothing: no mixing there."""
+    """Size of d (last output) / d (input j) through all layers, for each j."""
     inputs = rows = leaves(xs)
-    for layer in layers:
-        rows = [[x + y for x, y in zip(*pair)] for pair in zip(rows, layer.run(rows, []))]
+    for layer in layers: rows = layer.run(rows)
     dot(rows[-1], [1.0] * len(rows[-1])).backward()
-    return list(map(gradient, inputs))
+    return list(map(gradient_size, inputs))
 
-def show_window(layer, xs, rng, window=4, depth=4):
-    """The reach of a stack of layers; decoding with a cache that forgets -> the reaches."""
-    stack, inputs = [random_layer(rng, 8, 2, window) for _ in range(depth)], vectors(rng, 18, 8)
+def show_window(layer, xs, rng, window=4, depth=4, n=18):
+    stack = [random_layer(rng, 8, 2, window) for _ in range(depth)]
+    inputs = vectors(rng, n, 8)
     rows, exact = [], True
-    for n in range(1, depth + 1):
-        sizes, formula = reach(stack[:n], inputs), n * (window - 1) + 1
-        seen = "".join("·█"[size > 0.0] for size in sizes)
-        exact &= seen.lstrip("·") == "█" * formula
-        rows.append([f"{n}", seen, seen.count("█"), formula, f"{sizes[-formula] / sizes[-1]:.4f}"])
-    table(["layers", "inputs with a gradient", "reach", "formula", "oldest / newest"], *rows)
+    for n_layers in range(1, depth + 1):
+        formula = n_layers * (window - 1) + 1
+        picture = "".join("█" if size else "·" for size in reach(stack[:n_layers], inputs))
+        exact = exact and picture == "·" * (n - formula) + "█" * formula
+        rows.append([str(n_layers), picture, picture.count("█"), formula])
+    print(f"  window {window}: inputs in which the last output has a gradient (█)")
+    table(["layers", "inputs", "reach", "formula"], *rows)
     check("L window layers see exactly the last L (window - 1) + 1 positions", exact)
-    short, cache = changed(layer, window=window), []
-    check(f"decoding with a cache of {window} positions = all at once, bit for bit",
-          [short.run([x], cache, i)[0] for i, x in enumerate(xs)] == short.run(xs, []))
+    check("a window over all = none", layer._replace(window=len(xs)).run(xs) == layer.run(xs))
     return [row[2] for row in rows]
 
 # 7. Latent (MLA) ----------------------------------------------------------------------------------
-# Cache neither keys nor values but c = down x, of `rank` numbers, from which every head's key U c
-# and value V c are projected up. And these need not ever be computed: since
+# Cache neither keys nor values of a position x but c = down x, `rank` numbers, from which each head
+# projects its key U c and its value V c up. And these need not ever be computed: since
 #   q · (U c) = (Uᵀ q) · c     and     Σ weight_j V c_j = V Σ weight_j c_j,
 # the up-projections move to the query and to the output ("absorbed"), and attention runs on the
 # cache: MQA with one wide kv head whose value is a part of its key. RoPE would rotate between q and
@@ -375,159 +350,180 @@ def show_window(layer, xs, rng, window=4, depth=4):
 # heads, cached beside c. (DeepSeek also compresses the queries, and normalises c.)
 class MLA(Layer):
     """Multi-head latent attention. DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.
-    weights: "query", "out" as ever, "down" [rank][d_model], "rope" [rope_dim][d_model], "up_key"
-    [n_heads (head_dim - rope_dim)][rank], "up_value" [n_heads value_dim][rank]."""
-    absorbed = True
-    def remember(self, xs, position):
-        (rope,) = project(xs, self.weights["rope"], 1, position, self.rope_dim)
-        return linear(xs, self.weights["down"]), rope
-    def look(self, queries, latents, ropes):
-        n, up_key, up_value = self.n_heads, self.weights["up_key"], self.weights["up_value"]
-        def with_ropes(rows): return [row + rope for row, rope in zip(rows, ropes)]
-        if not self.absorbed:
-            keys = [with_ropes(head) for head in project(latents, up_key, n)]
-            return mix(patterns(queries, keys), project(latents, up_value, n))
-        still, wide = self.head_dim - self.rope_dim, []
-        for head, up in zip(queries, cut(up_key, n)):
-            asked = linear([query[:still] for query in head], list(zip(*up)))
-            wide.append([a + query[still:] for a, query in zip(asked, head)])
-        found = patterns(wide, [with_ropes(latents)], scale=self.head_dim ** -0.5)
-        return [linear(head, up) for head, up in zip(mix(found, [latents]), cut(up_value, n))]
-    def rank(self): return len(self.weights["down"])
-    def kv_bytes(self): return kv_bytes_per_token(1, 1, self.rank() + self.rope_dim, 0)
-    def pair_cost(self):
-        if self.absorbed: return 2 * self.rank() + self.rope_dim
-        return self.head_dim + len(self.weights["up_value"]) // self.n_heads
-    def multiply_adds(self, n, past=0):
-        ups = self.rank() * (len(self.weights["up_key"]) + len(self.weights["up_value"]))
-        return super().multiply_adds(n, past) + (0 if self.absorbed else past * ups)
+    weights: "query", "out" as ever, "down" [1][rank][d_model], "rope" [1][rope_dim][d_model],
+    "up_key" [n_heads][head_dim - rope_dim][rank], "up_value" [n_heads][value_dim][rank]."""
+    def remember(self, xs):
+        """The latent vectors and the rotated keys, [1][n][width] each: one head for all."""
+        return [self.project("down", xs), self.project("rope", xs)]
 
-def main_directions(matrix, rank):
-    """Orthonormal rows, the longest remainder first: QR with pivoting. (The SVD loses less.)"""
-    basis = []
-    for _ in range(rank):
-        longest = max(matrix, key=lambda row: hypot(*row))
-        basis.append([x / hypot(*longest) for x in longest])
-        matrix = [[x - dot(row, basis[-1]) * b for x, b in zip(row, basis[-1])] for row in matrix]
-    return basis
+    def look_decompressed(self, queries, latents, rotated):
+        """By the definition: make every head's keys and values."""
+        keys = [join_heads([linear(latents[0], up), *rotated]) for up in self.weights["up_key"]]
+        values = [linear(latents[0], up) for up in self.weights["up_value"]]
+        return attend(queries, keys, values)
+
+    def look(self, queries, latents, rotated):
+        """The same, absorbed: attention on what is cached."""
+        still = self.head_dim() - self.rope_dim
+        wide_queries = []
+        for head, up in zip(queries, self.weights["up_key"]):
+            asked = linear([query[:still] for query in head], list(zip(*up)))
+            wide_queries.append(join_heads([asked, [query[still:] for query in head]]))
+        wide_keys = [join_heads(latents + rotated)]
+        mixed = attend(wide_queries, wide_keys, latents, scale=self.head_dim() ** -0.5)
+        return [linear(head, up) for head, up in zip(mixed, self.weights["up_value"])]
+
+    def score_cost(self): return 2 * len(self.weights["down"][0]) + self.rope_dim
+    def cache_shape(self): return 1, len(self.weights["down"][0]) + self.rope_dim, 0  # value in key
 
 def to_mla(layer, rank):
-    """MHA to MLA: one rotated key, the heads' mean; the rest projected on `rank` directions."""
-    still, w = layer.head_dim - layer.rope_dim, layer.weights
-    heads = cut(w["key"], layer.n_heads)
-    keys, rope = [row for head in heads for row in head[:still]], [head[still:] for head in heads]
-    down = main_directions(keys + w["value"], rank)
-    return MLA(layer.n_heads, 1, layer.rope_dim, {
-        "query": w["query"], "down": down, "rope": list(map(mean, zip(*rope))), "out": w["out"],
-        "up_key": linear(keys, down), "up_value": linear(w["value"], down)})
+    """MHA to MLA: the rotated key is the mean of the heads', c the first `rank` numbers of x. (In
+    trained weights, some directions matter more than others, and c should keep those.)"""
+    weights, still = dict(layer.weights), layer.head_dim() - layer.rope_dim
+    keys, values = weights.pop("key"), weights.pop("value")
+    weights["down"] = [one_hot(len(weights["out"]))[:rank]]
+    weights["rope"] = [[mean(rows) for rows in zip(*(head[still:] for head in keys))]]
+    weights["up_key"] = [[row[:rank] for row in head[:still]] for head in keys]
+    weights["up_value"] = [[row[:rank] for row in head] for head in values]
+    return MLA(layer.rope_dim, weights)
 
-def show_mla(layer, xs, rng, rank=16):
-    """Both ways to compute MLA; what a decoding step costs -> {way: [(cached, multiply-adds)]}."""
-    latent, curves, equal = to_mla(layer, rank), {}, True
-    naive = changed(latent, absorbed=False)
-    error = distance(naive.run(xs, []), latent.run(xs, []))
+def show_mla(layer, rng, rank=16, n=128):
+    """Both ways to compute MLA -> {way: multiply-adds of one position's attention over n}."""
+    xs, mla = vectors(rng, n, 32), to_mla(layer, rank)
+    queries = [head[-1:] for head in layer.project("query", xs)]         # the last position's
+    latents = mla.remember(xs)
+    outputs, costs = [], {}
+    for name, look, cached in (("MHA", layer.look, layer.remember(xs)),
+                               ("MLA decompressed", mla.look_decompressed, latents),
+                               ("MLA absorbed", mla.look, latents)):
+        COUNT.clear()
+        outputs.append(look(queries, *cached))
+        costs[name] = COUNT["multiply-adds"]
+    print(f"  multiply-adds of one position's attention over {n} that are cached")
+    bars(list(costs.items()))
+    error = distance(outputs[1], outputs[2])
     check("MLA absorbed = decompressed", error < 1e-10, f"{error:.0e}")
-    for name, kind in ("MHA", layer), ("MLA decompressed", naive), ("MLA absorbed", latent):
-        for n in range(1, 130, 16):
-            cache = list(zip(*kind.remember(vectors(rng, n, len(xs[0])), 0)))
-            COUNT.clear()
-            kind.run(xs[:1], cache, n)
-            curves.setdefault(name, []).append((n, COUNT["multiply-adds"]))
-            equal &= COUNT["multiply-adds"] == kind.multiply_adds(1, n)
-    plot("multiply-adds of the next token (log), counted, over positions in the cache", curves,
-         log_y=True, height=9)
-    check("multiply-adds of a decoding step counted = formula, MHA and MLA", equal)
-    return curves
+    return costs
 
 # 8. Side by side ----------------------------------------------------------------------------------
-# All are made from one MHA layer, untrained. Its heads have nothing in common: a hard case.
-def show_variants(layer, xs, rng, window=4, rank=16):
+# All are made from one MHA layer, untrained: its heads have nothing in common, a hard case. One
+# wide head is that layer with one pattern for all. (Rotations, a few products, are not counted.)
+def kv_bytes_per_token(n_layers, n_kv_heads, key_dim, value_dim):
+    """What one token adds to the cache: a key and a value per layer and kv head, in 16 bits."""
+    return 2 * n_layers * n_kv_heads * (key_dim + value_dim)
+
+def show_variants(layer, xs, window=4, rank=16):
     """The table of all variants -> its rows."""
-    reference, n, rows, equal = layer.run(xs, []), len(xs), [], True
-    latent, short = to_mla(layer, rank), changed(layer, window=window)
-    for name, kind in {"one wide head": Layer(1, 1, layer.rope_dim, layer.weights), "MHA": layer,
-                       **{f"GQA, {n} kv heads": share_heads(layer, n) for n in (4, 2)},
-                       "MQA": share_heads(layer, 1), f"window {window}": short,
-                       f"MLA, rank {rank}": latent,
-                       "MLA decompressed": changed(latent, absorbed=False)}.items():
-        cache = []
+    wide = {name: [sum(layer.weights[name], [])] for name in ("query", "key", "value")}
+    kinds = {"one wide head": layer._replace(weights=layer.weights | wide), "MHA": layer,
+             "GQA, 4 kv heads": share_heads(layer, 4), "GQA, 2 kv heads": share_heads(layer, 2),
+             "MQA": share_heads(layer, 1), f"window {window}": layer._replace(window=window),
+             f"MLA, rank {rank}": to_mla(layer, rank)}
+    n, reference = len(xs), layer.run(xs)
+    rows, equal = [], True
+    for name, kind in kinds.items():
+        needed = sum(size > 0.0 for size in reach([kind], xs))
         COUNT.clear()
-        error = distance(kind.run(xs, cache), reference)
-        pairs = [COUNT["multiply-adds"], kind.multiply_adds(n), 2 * COUNT["cached"] // n,
-                 kind.kv_bytes(), COUNT["scores"], kind.n_scores(n)]
-        equal &= pairs[::2] == pairs[1::2]
-        rows.append([name, kind.n_weights(), *pairs[:5], len(cache), error])
-    table([f"{n} positions", "weights", "multiply-adds", "formula", "KV B/token", "formula",
-           "scores", "kept", "error"], *([*row[:-1], f"{row[-1]:.2f}"] for row in rows))
+        error = distance(kind.run(xs), reference)
+        n_scores = len(kind.weights["query"]) * sum(min(i + 1, kind.window or n) for i in range(n))
+        formula = n * COUNT["weights read"] + n_scores * kind.score_cost()
+        kv_bytes = kv_bytes_per_token(1, *kind.cache_shape())
+        equal = equal and COUNT["multiply-adds"] == formula and COUNT["scores"] == n_scores
+        equal = equal and 2 * COUNT["cached"] == n * kv_bytes
+        rows.append([name, COUNT["weights read"], COUNT["multiply-adds"], formula, COUNT["scores"],
+                     2 * COUNT["cached"] // n, kv_bytes, needed, f"{error:.2f}"])
+    print("  needed: positions in which the last has a gradient; error: |output - MHA's| / |MHA's|")
+    table([f"{n} positions", "weights", "multiply-adds", "formula", "query · key", "KV B/token",
+           "formula", "needed", "error"], *rows)
     check("multiply-adds, KV bytes and scores counted = formulas, all variants", equal)
     return rows
 
 # 9. The bugs people ship --------------------------------------------------------------------------
-def future_gradient(rng, late_mask, n=8, i=4):
-    """Size of d output i / d later keys and values: a late mask leaves them in the denominator."""
-    q, keys, values = vectors(rng, 1, n, 4), *leaves(vectors(rng, 2, 1, n, 4))
-    weights = patterns(q, keys, causal=not late_mask)[0][i][1][:i + 1]
-    dot(mix([[(range(i + 1), weights)]], values)[0][0], [1.0] * 4).backward()
-    return hypot(*(gradient(row) for row in keys[0][i + 1:] + values[0][i + 1:]))
-
-def show_bugs(layer, xs, rng, window=4, n=40):
-    """Each mistake beside the correct version, by the symptom that gives it away."""
-    sharp, wrong, sharper = {}, {}, True
-    for d in 4, 16, 64, 256:
-        runs = []
-        for products in linear(vectors(rng, n, d), vectors(rng, 32, d)):
-            run = []
-            for scale in d ** -0.5, 1.0:
-                scores = leaves([x * scale for x in products])
-                weights = softmax(scores)
-                dot(weights, vectors(rng, 32)).backward()
-                run += [-sum(p * log(p) for p in floats(weights) if p), gradient(scores)]
-            runs.append(run)
-        sharper, sharp[d] = sharper and all(run[2] <= run[0] + 1e-9 for run in runs), mean(runs)
-    table(["without 1/√head_dim", "right: entropy", "gradient", "wrong: entropy", "gradient"],
-          *([f"head_dim {d}", *(f"{x:.3f}" for x in row)] for d, row in sharp.items()))
+# None of these raises an error, and each is right in a special case: a head of one number, the last
+# position, a kv head for each head or for all, a text shorter than the window.
+def missing_scale(rng, n_queries=40, n_keys=32):
+    """No 1/√head_dim: the softmax turns into a choice, and its gradient vanishes."""
+    def sharpness(scores):
+        weights = softmax(scores)
+        dot(weights, vectors(rng, n_keys)).backward()
+        return -sum(p * log(p) for p in floats(weights) if p), gradient_size(scores)
+    rows, sharper = [], True
+    for head_dim in (4, 16, 64, 256):
+        products = linear(vectors(rng, n_queries, head_dim), vectors(rng, n_keys, head_dim))
+        right = [sharpness(leaves([x * head_dim ** -0.5 for x in row])) for row in products]
+        wrong = [sharpness(leaves(row)) for row in products]
+        sharper = sharper and all(w[0] <= r[0] + 1e-9 for r, w in zip(right, wrong))
+        entropies, gradients = zip(mean(right), mean(wrong))
+        rows.append([f"no scale 1/√{head_dim}", "entropy of the weights, nats", *entropies])
+        rows.append([f"no scale 1/√{head_dim}", "size of d output / d scores", *gradients])
     check("without the scale, every softmax is sharper", sharper)       # d entropy / d scale <= 0
-    leaks = [future_gradient(rng, late) for late in (False, True)]
-    check("no gradient from the future; with a late mask, there is", leaks[0] == 0.0 < leaks[1])
-    for heads in 1, 2, 4, 8:
-        q, k, v = (vectors(rng, n, 8, 4) for n in (8, heads, heads))
-        right, bug = attention(q, k, v), attention(q, k * (8 // heads), v * (8 // heads))
-        wrong[heads] = distance(sum(bug, []), sum(right, []))
+    return rows
+
+def late_mask(rng, n=8, position=4):
+    """Masked after the softmax, the future stays in its denominator."""
+    queries, keys = vectors(rng, 1, n, 4), leaves(vectors(rng, 1, n, 4))
+    def future_gradient(causal):
+        weights = patterns(queries, keys, causal)[0][position][:position + 1]
+        dot(weights, vectors(rng, position + 1)).backward()
+        return gradient_size(keys[0][position + 1:])
+    right, wrong = future_gradient(True), future_gradient(False)
+    check("no gradient from the future; with a late mask, there is", right == 0.0 < wrong)
+    return [["mask after the softmax", "size of d output / d later keys", right, wrong]]
+
+def wrong_repeat(rng, n_heads=8):
+    """Kv heads copied a b a b (torch: repeat), not a a b b (repeat_interleave)."""
+    def interleaved(heads, n): return [head for head in heads for _ in range(n)]
+    queries = vectors(rng, n_heads, 8, 4)
+    rows = []
+    for n_kv_heads in (1, 2, 4, 8):
+        n = n_heads // n_kv_heads
+        keys, values = vectors(rng, 2, n_kv_heads, 8, 4)
+        gqa = attention(queries, keys, values)
+        right = attention(queries, interleaved(keys, n), interleaved(values, n))
+        wrong = attention(queries, keys * n, values * n)
+        rows.append(["repeat, not interleaved", f"output error, {n_kv_heads} kv heads",
+                     distance(right, gqa), distance(wrong, gqa)])
+    check("MQA and GQA = MHA with each kv head repeated in place", not any(row[2] for row in rows))
     check("repeat for repeat_interleave: wrong in GQA, right in MQA and MHA",
-          wrong[1] == wrong[8] == 0.0 < min(wrong[2], wrong[4]))
-    right, bug = (changed(layer, window=w).run(xs, []) for w in (window, window + 1))
-    differs = [i for i, (a, b) in enumerate(zip(right, bug)) if a != b]
-    check("a window one too wide: wrong once it is full", differs == list(range(window, len(xs))))
-    print()
+          [row[3] > 0.0 for row in rows] == [False, True, True, False])
+    return rows
+
+def wide_window(layer, xs, window=4):
+    right = layer._replace(window=window).run(xs)
+    wrong = layer._replace(window=window + 1).run(xs)
+    differ = [i for i in range(len(xs)) if right[i] != wrong[i]]
+    check("a window one too wide: wrong once it is full", differ == list(range(window, len(xs))))
+    return [[f"window {window + 1} for {window}", f"wrong outputs of {len(xs)}", 0, len(differ)]]
+
+def show_bugs(layer, xs, rng):
+    """Each mistake beside the correct version, by the symptom that gives it away."""
+    rows = missing_scale(rng) + late_mask(rng) + wrong_repeat(rng) + wide_window(layer, xs)
     table(["mistake", "symptom", "right", "wrong"],
-          ["mask after the softmax", "gradient from the future", *(f"{x:.3f}" for x in leaks)],
-          *(["repeat for repeat_interleave", f"output error, {heads} kv heads for 8", "0.000",
-             f"{error:.3f}"] for heads, error in wrong.items()),
-          [f"window {window + 1} for {window}", "first position that differs", "none", differs[0]])
-    return {"sharpness": sharp, "leaks": leaks, "repeat": wrong, "differs": differs}
+          *([*texts, short(right), short(wrong)] for *texts, right, wrong in rows))
+    return rows
 
 # 10. The real world -------------------------------------------------------------------------------
-# Public config files: layers, (kv heads, width of a key, of a value) as cached, the same if every
-# query head had its own, window, weights. MLA's one kv head is 512 + 64 wide, its value within.
-MODELS = {"GPT-3 (MHA)": (96, (96, 128, 128), (96, 128, 128), None, 175e9),
-          "Llama-2-7B (MHA)": (32, (32, 128, 128), (32, 128, 128), None, 6.74e9),
-          "Llama-2-70B (GQA)": (80, (8, 128, 128), (64, 128, 128), None, 69e9),
-          "Mistral-7B (GQA)": (32, (8, 128, 128), (32, 128, 128), 4096, 7.24e9),
-          "Falcon-7B (MQA)": (32, (1, 64, 64), (71, 64, 64), None, 7e9),
-          "DeepSeek-V3 (MLA)": (61, (1, 512 + 64, 0), (128, 128 + 64, 128), None, 671e9)}
+# Public config files. For MLA, "key" stands for what it caches, 512 + 64 (RoPE) numbers a layer.
+Model = namedtuple("Model", "n_layers n_kv_heads key_dim value_dim n_weights window", defaults=[0])
+MODELS = {"GPT-3 (MHA)": Model(96, 96, 128, 128, 175e9),
+          "Llama-2-7B (MHA)": Model(32, 32, 128, 128, 6.74e9),
+          "Llama-2-70B (GQA)": Model(80, 8, 128, 128, 69e9),
+          "Mistral-7B (GQA, window)": Model(32, 8, 128, 128, 7.24e9, window=4096),
+          "Falcon-7B (MQA)": Model(32, 1, 64, 64, 7e9),
+          "DeepSeek-V3 (MLA)": Model(61, 1, 512 + 64, 0, 671e9)}
 
-def show_real_world(layer, xs, rng, memory=80e9):
-    """Caches in 16 bits as if every model ran at these contexts -> the table."""
+def show_real_world(memory=80e9, context=131072):
+    """Caches in 16 bits, as if every model ran at this context -> the rows of the table."""
     rows = []
-    for name, (n_layers, cached, full, window, weights) in MODELS.items():
-        size, mha = (kv_bytes_per_token(n_layers, *shape) for shape in (cached, full))
-        caches = [size * min(context, window or context) for context in (131072, 4096)]
-        users = [int((memory - 2 * weights) // cache) if 2 * weights < memory else "no room"
-                 for cache in caches]
-        rows.append([name, f"{size / 1024:,.1f} KiB", f"{mha / size:.0f}x",
-                     f"{caches[0] / 1e9:.2f} GB", f"{2 * weights / 1e9:,.0f} GB", *users])
-    table(["KV cache in 16 bits", "per token", "as MHA", "at 128k", "weights",
-           f"on {memory / 1e9:.0f} GB: users of 128k", "of 4k"], *rows)
+    for name, model in MODELS.items():
+        size = kv_bytes_per_token(*model[:4])
+        cache = size * min(context, model.window or context)
+        weights = 2 * model.n_weights
+        users = int((memory - weights) // cache) if weights < memory else "no room"
+        rows.append([name, f"{size / 1024:,.1f} KiB", f"{cache / 1e9:.2f} GB",
+                     f"{weights / 1e9:,.0f} GB", users])
+    table(["KV caches and weights in 16 bits", "a token", f"{context // 1024}k tokens", "weights",
+           f"users of {context // 1024}k on {memory / 1e9:.0f} GB"], *rows)
     return rows
 
 # Report -------------------------------------------------------------------------------------------
@@ -623,16 +619,19 @@ def run(main, **readers):
 # <<< shared: report
 
 def main(seed=42):
-    """Run all sections -> the measurements, under the names of the functions that show them."""
-    started, rng, results = begin(), random.Random(seed), {}
+    """Run all sections -> the measurements."""
+    started, rng = begin(), random.Random(seed)
     layer, xs = random_layer(rng), vectors(rng, 10, 32)
-    shows = {"1. Autograd": show_autograd, "2. A single head": show_single_head,
-             "3. Multi-head attention": show_multi_head, "4. Multi-query (MQA)": show_mqa,
-             "5. Grouped-query (GQA)": show_gqa, "6. Sliding window": show_window,
-             "7. Latent (MLA)": show_mla, "8. Side by side": show_variants,
-             "9. The bugs people ship": show_bugs, "10. The real world": show_real_world}
-    for title, show in shows.items():
-        results[show.__name__.removeprefix("show_")] = section(title, show, layer, xs, rng)
-    return finish(started, **results)
+    section("1. Autograd", show_autograd, rng)
+    section("2. A single head", show_single_head, rng)
+    section("3. Multi-head attention", show_multi_head, layer, xs)
+    section("4. Multi-query (MQA)", show_mqa, rng)
+    gqa = section("5. Grouped-query (GQA)", show_gqa, layer, xs, rng)
+    window = section("6. Sliding window", show_window, layer, xs, rng)
+    mla = section("7. Latent (MLA)", show_mla, layer, rng)
+    kinds = section("8. Side by side", show_variants, layer, xs)
+    bugs = section("9. The bugs people ship", show_bugs, layer, xs, rng)
+    models = section("10. The real world", show_real_world)
+    return finish(started, gqa=gqa, window=window, mla=mla, kinds=kinds, bugs=bugs, models=models)
 
 if __name__ == "__main__": run(main)

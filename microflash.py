@@ -22,8 +22,7 @@ for the gradient. You will see the same results and every number moved; not, in 
 """
 import argparse, codecs, gc, os, random, sys, time
 from collections import defaultdict
-from functools import reduce
-from math import ceil, exp, inf, isnan, log, sqrt
+from math import ceil, dist, exp, inf, isnan, log, sqrt
 from operator import mul
 
 # 1. Autograd --------------------------------------------------------------------------------------
@@ -128,146 +127,147 @@ def train(parameters, loss_at, steps, rate):
 
 def matrices(rng, *shapes):
     return [[[rng.gauss(0.0, 1.0) for _ in range(d)] for _ in range(n)] for n, d in shapes]
+def zeros(n, d): return [[0.0] * d for _ in range(n)]
+def transposed(rows): return list(zip(*rows))
 def size(rows): return sum(map(len, rows))
-def difference(a, b): return max(abs(x - y) for rows in zip(a, b) for x, y in zip(*rows))
+def difference(a, b): return sum(map(dist, a, b))       # summed over the rows; NaN if there is one
 
-def gradients(q, k, v, weights, causal=False):
-    """Of Σ out ∘ weights, by backward() through standard attention -> (dq, dk, dv), the tape."""
-    values = [[list(map(Value, row)) for row in rows] for rows in (q, k, v)]
-    out, tape = standard_attention(*values, causal), TAPE.copy()
-    dot(sum(out, []), sum(weights, [])).backward()
-    return [[[x.grad for x in row] for row in rows] for rows in values], tape
+def gradients(q, k, v, grad_out, causal=False):
+    """Of Σ out · grad_out, by backward() -> (dq, dk, dv), the number of Values on the tape."""
+    leaves = [[list(map(Value, row)) for row in rows] for rows in (q, k, v)]
+    out = standard_attention(*leaves, causal)
+    taped = len(TAPE)
+    dot(sum(out, []), sum(grad_out, [])).backward()
+    return [[[x.grad for x in row] for row in rows] for rows in leaves], taped
 
 def show_autograd(rng, n=16, d=8):
-    """How much there is to remember, if the gradient is taken as every framework takes it."""
-    _, tape = gradients(*matrices(rng, *[(n, d)] * 4))
-    print(f"  Standard attention of {n} queries and keys leaves {len(tape):,} Values on the tape.")
+    _, taped = gradients(*matrices(rng, (n, d), (n, d), (n, d), (n, d)))
+    print(f"  Standard attention of {n} queries and keys leaves {taped:,} Values on the tape.")
 
 # 2. Standard attention ----------------------------------------------------------------------------
-# A GPU computes on numbers in a small fast memory (SRAM, on the chip); the tensors lie in a large
-# slow one (HBM). A kernel is a program that loads tiles, computes, and stores. Every kernel below
-# works through a FastMemory. Single numbers, and sums in progress, are in registers, for free.
-
+# A query says what a position of the text looks for, a key what a position is found by, a value
+# what it has to give: vectors of d numbers. The score of a query and a key is their dot product
+# over √d. Softmax makes weights of a query's scores; out is the mean of the values, so weighted.
+# A GPU computes on numbers in a small fast memory (SRAM, on the chip); the matrices lie in a large
+# slow one (HBM). A kernel is a program that loads tiles, pieces of matrices, computes, and stores.
+# All kernels below work through a FastMemory. Single numbers are in registers, for free.
 class FastMemory:
-    """At most `capacity` numbers, in tiles, lists of rows; an evicted tile is emptied, so that no
-    kernel can go on using it. `moved` counts the numbers moved from and to slow memory."""
-    def __init__(self, capacity=inf):
-        self.capacity, self.used, self.peak, self.moved = capacity, 0, 0, 0
-    def hold(self, rows, tile=()):
-        """Rows computed here, as a new tile or over an old one -> it; MemoryError if too many."""
-        used = self.used - size(tile) + size(rows)
+    """Room for `capacity` numbers in tiles, which are lists of rows and may be changed in place.
+    `moved` counts the numbers loaded and stored."""
+
+    def __init__(self, capacity=inf): self.capacity, self.tiles, self.moved = capacity, [], 0
+
+    def hold(self, rows):
+        """Take rows in as a tile -> the tile; MemoryError if there is no room."""
+        self.tiles.append(rows)
+        used = sum(map(size, self.tiles))
         if used > self.capacity: raise MemoryError(f"{used} numbers do not fit {self.capacity}")
-        tile = tile or []
-        self.used, self.peak, tile[:] = used, max(self.peak, used), rows
-        return tile
-    def evict(self, *tiles): return [self.hold([], tile) for tile in tiles]
-    def load(self, rows):
-        self.moved += size(rows)
-        return self.hold([list(row) for row in rows])
-    def store(self, tile):
-        """Write a tile to slow memory and evict it -> its rows there."""
-        rows, self.moved = list(tile), self.moved + size(tile)
-        self.evict(tile)
         return rows
-    def stream(self, block, *arrays, start=0, stop=None):
-        """Load `block` rows of each array, yield (first row, *tiles), evict; then the next."""
-        for i in range(start, len(arrays[0]) if stop is None else stop, block):
-            tiles = [self.load(rows[i:i + block]) for rows in arrays]
+
+    def load(self, block, *matrices, first=0):
+        """Lend a loop's body the next `block` rows of each matrix; after it, evict all it took."""
+        for i in range(first, len(matrices[0]), block):
+            n_tiles = len(self.tiles)
+            tiles = [self.hold([list(row) for row in rows[i:i + block]]) for rows in matrices]
+            self.moved += sum(map(size, tiles))
             yield i, *tiles
-            self.evict(*tiles)
+            self.evict(n_tiles)
 
-def shapes(q, k, v, *like_q, block_q=1, block_k=1):
-    """-> (n_q, n_k, d). like_q: what else has a row for each query. ValueError if they misfit."""
-    widths = sorted({len(row) for rows in (q, k, v, *like_q) for row in rows})
-    if not q or not k or 0 in widths: raise ValueError(f"empty: {len(q)} x {len(k)} of {widths}")
-    if len(widths) > 1: raise ValueError(f"rows of {widths} numbers: all need the same width")
-    for a, b in (k, v), *((q, rows) for rows in like_q):
-        if len(a) != len(b): raise ValueError(f"{len(a)} rows and {len(b)}, but each needs its own")
-    if min(block_q, block_k) < 1: raise ValueError(f"a tile of {block_q} x {block_k} rows")
-    return len(q), len(k), widths[0]
+    def store(self, tile):
+        self.moved += size(tile)
+        return [list(row) for row in tile]
 
-def score_tile(q, k, offset=inf):
-    """q kᵀ / √d. Row r sees columns up to r + offset: causal masks. The others get -inf."""
-    scale = len(q[0]) ** -0.5
-    return [[x * scale + (0.0 if c <= r + offset else -inf) for c, x in enumerate(row)]
-            for r, row in enumerate(linear(q, k))]
+    def evict(self, n_kept=0):
+        """Give up all but the oldest tiles, and empty them: no kernel can go on using one."""
+        for tile in self.tiles[n_kept:]: tile.clear()
+        del self.tiles[n_kept:]
 
-def add_product(rows, weights, values):
-    """rows [n][d] + weights [n][m] · values [m][d]."""
-    return [[x + y for x, y in zip(*pair)]
-            for pair in zip(rows, linear(weights, list(zip(*values))))]
+def require_fit(like_q, like_k, block_q=1, block_k=1):
+    """ValueError, with the numbers, unless the matrices fit each other and tiles have rows."""
+    widths = {len(row) for rows in like_q + like_k for row in rows}
+    for sizes in {len(rows) for rows in like_q}, {len(rows) for rows in like_k}, widths:
+        if len(sizes) != 1 or 0 in sizes: raise ValueError(f"empty or unequal: {sorted(sizes)}")
+    if block_q < 1 or block_k < 1: raise ValueError(f"a tile of {block_q} x {block_k} rows")
+
+def keys_seen(n_q, n_k, causal):                 # by each query, counted from the first key
+    return [max(0, n_k - n_q + i + 1) if causal else n_k for i in range(n_q)]
+
+def score_tile(q_tile, k_tile, seen, j=0):
+    """q kᵀ / √d. The keys are numbers j, j + 1, ...; from seen[r] on, they are -inf for row r."""
+    scale, rows = len(q_tile[0]) ** -0.5, linear(q_tile, k_tile)
+    return [[x * scale + (0.0 if n < end else -inf) for n, x in enumerate(row, j)]
+            for row, end in zip(rows, seen)]
+
+def add_product(tile, a, b):
+    """tile [n][d] += aᵀ b, of a [m][n] and b [m][d]."""
+    for row, product in zip(tile, linear(transposed(a), transposed(b))):
+        row[:] = [x + y for x, y in zip(row, product)]
 
 def standard_attention(q, k, v, causal=False, memory=None, block_q=None, block_k=None):
     """softmax(q kᵀ / √d) v, of Values or floats. q: [n_q][d], k and v: [n_k][d] -> out [n_q][d].
-
     Causal: the last query sees all keys, each one before it one fewer; out is 0 if it sees none.
     ValueError if empty, ragged or of unequal widths. Dao et al. 2022, algorithm 0."""
-    block_q, block_k = block_q or len(q), block_k or len(k)
-    n_q, n_k, d = shapes(q, k, v, block_q=block_q, block_k=block_k)
-    fast, ahead, scores, weights, out = memory or FastMemory(), n_k - n_q, [], [], []
-    for i, q_tile in fast.stream(block_q, q):                              # S = q kᵀ / √d
-        parts = [fast.store(fast.hold(score_tile(q_tile, k_tile, i - j + ahead if causal else inf)))
-                 for j, k_tile in fast.stream(block_k, k)]
-        scores += [sum(row, []) for row in zip(*parts)]
-    for _, row in fast.stream(1, scores):                                  # P = softmax(S)
-        p = softmax(row[0]) if max(floats(row[0])) > -inf else [0.0] * n_k
-        weights += fast.store(fast.hold([p], row))
-    for i in range(0, n_q, block_q):                                       # out = P v
-        tile = fast.hold([[0.0] * d for _ in q[i:i + block_q]])
-        for j, v_tile in fast.stream(block_k, v):
-            p_tile = fast.load([row[j:j + block_k] for row in weights[i:i + block_q]])
-            fast.hold(add_product(tile, p_tile, v_tile), tile)
-            fast.evict(p_tile)
+    if block_q is None: block_q, block_k = len(q), len(k)
+    require_fit([q], [k, v], block_q, block_k)
+    fast, seen = memory or FastMemory(), keys_seen(len(q), len(k), causal)
+    scores, weights, out = [[] for _ in q], [], []
+    for i, q_tile in fast.load(block_q, q):                  # the first kernel: S = q kᵀ / √d
+        for j, k_tile in fast.load(block_k, k):
+            tile = fast.hold(score_tile(q_tile, k_tile, seen[i:i + block_q], j))
+            for row, piece in zip(scores[i:], fast.store(tile)): row += piece
+    for _, tile in fast.load(1, scores):                     # the second: P = softmax(S)
+        tile[0] = softmax(tile[0]) if max(floats(tile[0])) > -inf else [0.0] * len(k)
+        weights += fast.store(tile)
+    for i in range(0, len(q), block_q):                      # the third: out = P v
+        columns = transposed(weights[i:i + block_q])
+        tile = fast.hold(zeros(len(columns[0]), len(v[0])))
+        for _, p_tile, v_tile in fast.load(block_k, columns, v): add_product(tile, p_tile, v_tile)
         out += fast.store(tile)
+        fast.evict()
     return out
 
-def standard_traffic(n_q, n_k, d, block_q):      # S, P: out and in; k, v: for each tile of queries
-    return 4 * n_q * n_k + 2 * n_q * d + 2 * ceil(n_q / block_q) * n_k * d
-
 def show_standard(rng, n=40, d=8):
-    """What the three kernels move with fast memory to spare."""
-    standard_attention(*matrices(rng, *[(n, d)] * 3), memory=(memory := FastMemory()))
-    bars([("q, k, v, out", 4 * n * d), (f"{n} x {n} scores", n * n), ("moved", memory.moved)])
+    memory = FastMemory()
+    standard_attention(*matrices(rng, (n, d), (n, d), (n, d)), memory=memory)
+    print(f"  The kernels move {memory.moved:,} numbers; q, k, v, out, {n} x {d}: {4 * n * d:,}.")
 
 # 3. The online softmax ----------------------------------------------------------------------------
 # A softmax needs the maximum of its row, so that exp cannot overflow, and the sum: two passes, it
 # seems, before the first weight is known. But let top be the maximum of the part seen so far and
 # total = Σ exp(score - top). When a later score moves top to top', the factor exp(top - top')
 # corrects all earlier terms at once, and a sum of values weighted by them. So a score can be
-# forgotten once it is seen. Milakov & Gimelshein 2018, algorithm 3; with values, Dao et al. 2022.
-def fold(state, scores, columns):
-    """Take m more keys into a running softmax -> its new state. columns: [d][m], their values.
-    state: [top, total, *mixed], mixed [d] = Σ exp(score - top) · value; at first -inf and zeros."""
-    top, total, *mixed = state
+# forgotten once it is seen. In the end out = weighted / total; and top + log(total) is the row's
+# logsumexp, log Σ exp(score). Milakov & Gimelshein 2018, algorithm 3; with values, Dao et al. 2022.
+def fold(state, scores, values):
+    """Take m more keys into a running softmax -> its new state. scores: [m], values: [m][d].
+    state: [top, total, *weighted], weighted [d] = Σ exp(score - top) · value; first -inf, zeros."""
+    top, total, *weighted = state
     new_top = max(top, *scores)
     base = new_top if new_top > -inf else 0.0    # all hidden so far; and -inf - -inf would be NaN
-    rescale, p = exp(top - base), [exp(score - base) for score in scores]
-    mixed = [x * rescale + dot(p, column) for x, column in zip(mixed, columns)]
-    return [new_top, total * rescale + sum(p), *mixed]
+    rescale = exp(top - base)
+    p = [exp(score - base) for score in scores]
+    weighted = [x * rescale + dot(p, column) for x, column in zip(weighted, zip(*values))]
+    return [new_top, total * rescale + sum(p), *weighted]
 
 def normalized(state):
     """-> [logsumexp, *out]: -inf and zeros if no key was seen."""
-    top, total, *mixed = state
-    return [top + log(total), *(x / total for x in mixed)] if total else [-inf] + [0.0] * len(mixed)
-
-def online(scores, values, block, fold=fold):
-    """One row -> its states, after each tile of `block` keys."""
-    states = [[-inf, 0.0] + [0.0] * len(values[0])]
-    for j in range(0, len(scores), block):
-        states.append(fold(states[-1], scores[j:j + block], list(zip(*values[j:j + block]))))
-    return states[1:]
+    top, total, *weighted = state
+    if total == 0.0: return [-inf, *weighted]
+    return [top + log(total), *(x / total for x in weighted)]
 
 def show_online_softmax(rng):
-    """One row, one key at a time; scores that exp cannot take."""
     scores = [rng.gauss(0.0, 1.0) for _ in range(3)] + [1000.0, 998.5, -1000.0, 1000.5]
-    values, rows = matrices(rng, (len(scores), 1))[0], []
-    for j, (top, total, mixed) in enumerate(online(scores, values, 1)):
-        truth = dot(softmax(scores[:j + 1]), sum(values[:j + 1], []))
-        before = rows[-1][1] if rows else -inf
-        rows.append([scores[j], top, exp(before - top), total, mixed, mixed / total, truth])
-    table(["score", "top", "rescale by", "total", "mixed", "out", "softmax of all so far"],
+    values = [rng.gauss(0.0, 1.0) for _ in scores]
+    rows, top, total, weighted = [], -inf, 0.0, 0.0
+    for j, (score, value) in enumerate(zip(scores, values)):
+        last = top
+        top, total, weighted = fold([top, total, weighted], [score], [[value]])
+        truth = dot(softmax(scores[:j + 1]), values[:j + 1])
+        rows.append([score, value, top, exp(last - top), total, weighted, weighted / total, truth])
+    print("  a key a line: score and value, the state after it, its out, and the out of a softmax")
+    table(["score", "value", "top", "rescale by", "total", "weighted", "out", "of a softmax"],
           *([f"{x:.3f}" for x in row] for row in rows))
-    error = max(abs(out - truth) for *_, out, truth in rows)
+    error = sum(abs(out - truth) for *_, out, truth in rows)
     check("the state after every key is the softmax so far", error < 1e-12, f"{error:.0e}")
 
 # 4. The tiled forward -----------------------------------------------------------------------------
@@ -276,42 +276,36 @@ def show_online_softmax(rng):
 # per tile of keys.) A causal mask ends the stream at the last key that the tile's last query sees.
 def flash_attention(q, k, v, block_q, block_k, causal=False, memory=None, fold=fold):
     """As standard_attention(), of floats -> (out [n_q][d], logsumexp [n_q] of each row of scores).
-
     -inf for a row that sees no key. ValueError also for a block below 1. Dao 2023, algorithm 1."""
-    n_q, n_k, d = shapes(q, k, v, block_q=block_q, block_k=block_k)
-    fast, ahead, results = memory or FastMemory(), n_k - n_q, []
-    for i, q_tile in fast.stream(block_q, q):
-        states = fast.hold([[-inf, 0.0] + [0.0] * d for _ in q_tile])
-        seen = min(n_k, max(0, i + len(q_tile) + ahead)) if causal else n_k
-        for j, k_tile, v_tile in fast.stream(block_k, k, v, stop=seen):
+    require_fit([q], [k, v], block_q, block_k)
+    fast, seen, results = memory or FastMemory(), keys_seen(len(q), len(k), causal), []
+    for i, q_tile in fast.load(block_q, q):
+        states = fast.hold([[-inf, 0.0] + [0.0] * len(row) for row in q_tile])
+        ends = seen[i:i + block_q]
+        for j, k_tile, v_tile in fast.load(block_k, k[:ends[-1]], v[:ends[-1]]):
             COUNT["tile", i, j] += 1
-            scores = fast.hold(score_tile(q_tile, k_tile, i - j + ahead if causal else inf))
-            columns = list(zip(*v_tile))
-            fast.hold([fold(*row, columns) for row in zip(states, scores)], states)
-            fast.evict(scores)
-        results += fast.store(fast.hold(list(map(normalized, states)), states))
-    return [out for _, *out in results], [logsumexp for logsumexp, *_ in results]
+            scores = fast.hold(score_tile(q_tile, k_tile, ends, j))
+            for r, row in enumerate(scores): states[r] = fold(states[r], row, v_tile)
+        results += fast.store([normalized(state) for state in states])
+    return [row[1:] for row in results], [row[0] for row in results]
 
 def show_tiled_forward(rng, d=8):
-    """Shapes, tiles and masks against standard attention; the tiles that are computed."""
     rows, errors = [], []
-    for n_q, n_k, block_q, block_k, causal in ((32, 32, 32, 32, False), (11, 27, 3, 5, False),
-            (11, 27, 3, 5, True), (32, 32, 8, 2, True), (32, 32, 4, 4, True)):
+    for n_q, n_k, block_q, block_k, causal in (11, 27, 3, 5, False), (30, 35, 4, 3, True):
         q, k, v = matrices(rng, (n_q, d), (n_k, d), (n_k, d))
         COUNT.clear()
-        out, logsumexp = flash_attention(q, k, v, block_q, block_k, causal)
-        grid = [["·█"[COUNT["tile", i, j]] for j in range(0, n_k, block_k)]
-                for i in range(0, n_q, block_q)]
-        truth = [[cross_entropy(row, 0) + row[0]]
-                 for row in score_tile(q, k, n_k - n_q if causal else inf)]
-        errors.append(max(difference(out, standard_attention(q, k, v, causal)),
-                          difference(zip(logsumexp), truth)))
+        out, lse = flash_attention(q, k, v, block_q, block_k, causal)
+        tiles = [[COUNT["tile", i, j] for j in range(0, n_k, block_k)]
+                 for i in range(0, n_q, block_q)]
+        scores = score_tile(q, k, keys_seen(n_q, n_k, causal))
+        truth = [cross_entropy(row, 0) + row[0] for row in scores]     # logsumexp - row[0] + row[0]
+        errors.append(difference([*out, lse], [*standard_attention(q, k, v, causal), truth]))
         rows.append([f"{n_q} x {n_k}", f"{block_q} x {block_k}", "yes" if causal else "no",
-                     *(sum(row.count(x) for row in grid) for x in "█·"), f"{errors[-1]:.0e}"])
-    table(["queries x keys", "tile", "causal", "tiles computed", "skipped", "error"], *rows)
-    print("\n  the tiles of the last: █ computed, · skipped")
-    for row in grid: print("   ", "".join(2 * x for x in row))
-    check("tiled = standard: out and logsumexp", max(errors) < 1e-12, f"{max(errors):.0e}")
+                     size(tiles), size(tiles) - sum(map(sum, tiles)), f"{errors[-1]:.0e}"])
+    table(["queries x keys", "tile", "causal", "tiles", "skipped", "error"], *rows)
+    print("\n  the tiles of the last, queries down and keys across: █ computed, ░ skipped")
+    heatmap(tiles, -1 / 3, 1)            # with this low end, 0 gets the lightest shade
+    check("tiled = standard: out and logsumexp", sum(errors) < 1e-12, f"{sum(errors):.0e}")
 
 # 5. A limit on memory -----------------------------------------------------------------------------
 # Flash moves q, out and logsumexp once, k and v once for every tile of queries. So tiles should be
@@ -319,48 +313,48 @@ def show_tiled_forward(rng, d=8):
 # 2 block_k d. With M >> d numbers of fast memory that is block_q = M / 2d, and 4N²d²/M are moved:
 # Θ(N²d²/M), which no exact method beats for every M (Dao et al. 2022, proposition 3). Standard
 # attention moves N² scores four times, in tiles twice as tall: cheaper for M below about d².
+def flash_block(m, d, block_k): return (m - 2 * block_k * d) // (2 * d + 2 + block_k)
 def flash_traffic(n_q, n_k, d, block_q):
     return 2 * n_q * d + n_q + 2 * ceil(n_q / block_q) * n_k * d
-
-def flash_footprint(block_q, block_k, d): return block_q * (2 * d + 2 + block_k) + 2 * block_k * d
-def standard_footprint(block_q, block_k, d): return block_q * (d + block_k) + block_k * d
-METHODS = {"standard": (standard_attention, standard_footprint, standard_traffic),
-           "flash": (flash_attention, flash_footprint, flash_traffic)}
-
-def largest_block(footprint, capacity, *sizes):
-    """The largest first argument of a footprint, linear in it, that stays within the capacity."""
-    fixed = footprint(0, *sizes)
-    return (capacity - fixed) // (footprint(1, *sizes) - fixed)
+def standard_block(m, d, block_k): return (m - block_k * d) // (d + block_k)
+def standard_traffic(n_q, n_k, d, block_q):
+    return 2 * n_q * d + 4 * n_q * n_k + 2 * ceil(n_q / block_q) * n_k * d
+METHODS = {"standard": (standard_attention, standard_block, standard_traffic),
+           "flash": (flash_attention, flash_block, flash_traffic)}
 
 def show_limit(rng, block_k=2):
-    """Both methods in M numbers of fast memory; the formulas at the size of GPT-2 -> results."""
-    rows, exact = [], True
-    for n, d, m in ((24, 16, 512), (48, 16, 512), (72, 16, 512), (48, 8, 512), (48, 32, 512),
-                    (48, 16, 128), (48, 16, 256), (48, 16, 1024)):
-        inputs, row = matrices(rng, *[(n, d)] * 3), []
-        for attention, footprint, traffic in METHODS.values():
-            block_q, memory = min(n, largest_block(footprint, m, block_k, d)), FastMemory(m)
+    """Both methods in M numbers of fast memory, counted and by formula -> rows, crossing."""
+    rows = []
+    for n, d, m in ((48, 16, 512), (96, 16, 512), (48, 32, 512), (48, 16, 256), (48, 16, 1024)):
+        inputs = matrices(rng, (n, d), (n, d), (n, d))
+        row = [f"{n}", d, m]
+        for attention, block, traffic in METHODS.values():
+            block_q, memory = min(n, block(m, d, block_k)), FastMemory(m)
             attention(*inputs, memory=memory, block_q=block_q, block_k=block_k)
             row += [block_q, memory.moved, traffic(n, n, d, block_q)]
-            exact &= (memory.moved, memory.peak) == (row[-1], footprint(block_q, block_k, d))
-        rows.append([f"{n}", d, m, *row, f"{row[1] / row[4]:.2f}", 4 * n * n * d * d // m])
+        rows.append([*row, f"{row[4] / row[7]:.2f}"])
     print(f"  numbers moved, with M numbers of fast memory; tiles {block_k} wide, as tall as fits")
-    table(["N", "d", "M", "tall", "standard", "formula", "tall", "flash", "formula",
-           "standard / flash", "4N²d²/M"], *rows)
-    check("moved, and the peak of fast memory: counted = formula, for both", exact)
-    try: refusal = flash_attention(*inputs, block_q + 1, block_k, memory=memory) and ""
+    table("N d M tall standard formula tall flash formula standard/flash".split(), *rows)
+    check("moved in tiles as tall as fits: counted = formula, for both",
+          all(row[4] == row[5] and row[7] == row[8] for row in rows))
+    refusal = ""
+    try: flash_attention(*inputs, block_q + 1, block_k, memory=FastMemory(m))
     except MemoryError as error: refusal = str(error)
-    check("a tile one query taller is refused", refusal)
     print(f"  One query more in a tile of the last: {refusal}.\n")
-    n, d, curves, sizes = 1024, 64, {}, [round(1024 * 2 ** (i / 32)) for i in range(225)]
-    for name, (_, footprint, traffic) in METHODS.items():
-        blocks = [min(n, largest_block(footprint, m, block_k, d)) for m in sizes]
-        curves[name] = [(m / 1e3, traffic(n, n, d, x) / 1e6) for m, x in zip(sizes, blocks)]
-    crossing = max(m for m, (_, a), (_, b) in zip(sizes, *curves.values()) if a <= b)
-    curves["4N²d²/M"] = [(m / 1e3, 4 * n * n * d * d / m / 1e6) for m in sizes]
-    plot(f"N = {n:,}, d = {d}, formulas: millions moved over M / 1000 (log)", curves, True, True)
+    check("a tile one query taller is refused", refusal)
+    return {"rows": rows, "crossing": show_crossing(block_k)}
+
+def show_crossing(block_k, n=1024, d=64):
+    """The formulas over M at the size of GPT-2 -> the M above which flash moves fewer numbers."""
+    sizes, curves = [round(1024 * 2 ** (i / 32)) for i in range(225)], {}
+    for method, (_, block, traffic) in METHODS.items():
+        blocks = [min(n, block(m, d, block_k)) for m in sizes]
+        curves[method] = [(m, traffic(n, n, d, rows) / 1e6) for m, rows in zip(sizes, blocks)]
+    crossing = max(m for (m, a), (_, b) in zip(curves["standard"], curves["flash"]) if a <= b)
+    curves["4N²d²/M"] = [(m, 4 * n * n * d * d / m / 1e6) for m in sizes]
+    plot(f"millions moved over M (both log), by formula, N = {n:,}, d = {d}", curves, True, True)
     print(f"  Above M = {crossing:,}, {crossing / d ** 2:.2f} d², flash moves fewer.")
-    return {"rows": rows, "crossing": crossing}
+    return crossing
 
 # 6. The backward pass -----------------------------------------------------------------------------
 # With S = q kᵀ / √d, P = softmax(S), out = P v and g = d loss / d out, the chain rule gives
@@ -371,57 +365,55 @@ def show_limit(rng, block_k=2):
 def flash_attention_backward(q, k, v, out, logsumexp, grad_out, block_q, block_k, causal=False,
                              memory=None):
     """What flash_attention() took and gave, d loss / d out [n_q][d] -> (dq, dk, dv), like q, k, v.
-
     ValueError as there, and if out, logsumexp, grad_out are not n_q rows. Dao 2023, algorithm 2."""
-    n_q, n_k, d = shapes(q, k, v, out, grad_out, block_q=block_q, block_k=block_k)
-    if len(logsumexp) != n_q: raise ValueError(f"{n_q} queries, but {len(logsumexp)} logsumexp")
-    fast, ahead, scale = memory or FastMemory(), n_k - n_q, d ** -0.5
-    delta, dq, dk, dv = [], [[0.0] * d for _ in q], [], []
-    for _, *tiles in fast.stream(block_q, out, grad_out):
-        delta += fast.store(fast.hold([[dot(*pair)] for pair in zip(*tiles)]))
-    for j, k_tile, v_tile in fast.stream(block_k, k, v):
-        dk_tile, dv_tile = (fast.hold([[0.0] * d for _ in k_tile]) for _ in "kv")
-        first = max(0, j - ahead) // block_q * block_q if causal else 0
-        for i, q_tile, g, dq_tile, lse, terms in fast.stream(
-                block_q, q, grad_out, dq, list(zip(logsumexp)), delta, start=first):
-            scores = score_tile(q_tile, k_tile, i - j + ahead if causal else inf)
-            p = fast.hold([[exp(x - shift) if x > -inf else 0.0 for x in row]
-                           for row, (shift,) in zip(scores, lse)])
-            ds = fast.hold([[x * (y - term) * scale for x, y in zip(*pair)]
-                            for *pair, (term,) in zip(p, linear(g, v_tile), terms)])
-            fast.hold(add_product(dv_tile, list(zip(*p)), g), dv_tile)
-            fast.hold(add_product(dk_tile, list(zip(*ds)), q_tile), dk_tile)
-            dq[i:i + block_q] = fast.store(fast.hold(add_product(dq_tile, ds, k_tile), dq_tile))
-            fast.evict(p, ds)
+    require_fit([q, out, grad_out], [k, v], block_q, block_k)
+    if len(logsumexp) != len(q): raise ValueError(f"{len(q)} queries, {len(logsumexp)} logsumexp")
+    fast, seen = memory or FastMemory(), keys_seen(len(q), len(k), causal)
+    d, lses, row_sums = len(q[0]), transposed([logsumexp]), []
+    dq, dk, dv = zeros(len(q), d), [], []
+    for _, g, out_tile in fast.load(block_q, grad_out, out):
+        row_sums += fast.store([[dot(*rows)] for rows in zip(g, out_tile)])              # D
+    for j, k_tile, v_tile in fast.load(block_k, k, v):
+        dk_tile, dv_tile = fast.hold(zeros(len(k_tile), d)), fast.hold(zeros(len(k_tile), d))
+        first = sum(end <= j for end in seen) // block_q * block_q    # the tiles before see no key
+        for i, q_tile, g, lse_tile, sum_tile, dq_tile in fast.load(
+                block_q, q, grad_out, lses, row_sums, dq, first=first):
+            p = fast.hold(score_tile(q_tile, k_tile, seen[i:i + block_q], j))            # S
+            for row, [lse] in zip(p, lse_tile):
+                row[:] = [exp(x - lse) if x > -inf else 0.0 for x in row]                # P
+            add_product(dv_tile, p, g)                                                   # dv
+            ds = fast.hold(linear(g, v_tile))                                            # dP
+            for row, weights, [row_sum] in zip(ds, p, sum_tile):
+                row[:] = [x * (y - row_sum) / sqrt(d) for x, y in zip(weights, row)]     # dS / √d
+            add_product(dq_tile, transposed(ds), k_tile)                                 # dq
+            add_product(dk_tile, ds, q_tile)                                             # dk
+            dq[i:i + block_q] = fast.store(dq_tile)
         dk += fast.store(dk_tile)
         dv += fast.store(dv_tile)
     return dq, dk, dv
 
+def backward_block(m, d, block_q): return (m - block_q * (3 * d + 2)) // (4 * d + 2 * block_q)
 def backward_traffic(n_q, n_k, d, block_k):
     return 2 * n_q * d + n_q + 4 * n_k * d + ceil(n_k / block_k) * (4 * n_q * d + 2 * n_q)
-
-def backward_footprint(block_k, block_q, d):
-    return 4 * block_k * d + block_q * (3 * d + 2) + 2 * block_q * block_k
 
 def show_backward(rng, d=8, block=4):
     """Gradients and numbers kept against backward() through standard attention -> the rows."""
     rows, errors, exact = [], [], True
     for n, causal in (8, False), (16, False), (32, False), (32, True):
-        *inputs, grad_out = matrices(rng, *[(n, d)] * 4)
-        truth, tape = gradients(*inputs, grad_out, causal)
-        saved, memory = (*inputs, *flash_attention(*inputs, block, block, causal)), FastMemory()
-        COUNT.clear()
-        grads = flash_attention_backward(*saved, grad_out, block, block, causal, memory)
-        errors.append(max(map(difference, grads, truth)))
-        counted = (len(tape), sum(map(size, saved[:4])) + len(saved[4]), COUNT["multiply-adds"],
-                   memory.moved, memory.peak)
-        exact = exact and (causal or counted == (
-            4 * n * n + 2 * n * d, 4 * n * d + n, 5 * n * n * d + n * d,
-            backward_traffic(n, n, d, block), backward_footprint(block, block, d)))
+        q, k, v, grad_out = matrices(rng, (n, d), (n, d), (n, d), (n, d))
+        truth, taped = gradients(q, k, v, grad_out, causal)
+        out, lse = flash_attention(q, k, v, block, block, causal)
+        memory = FastMemory()
+        found = flash_attention_backward(q, k, v, out, lse, grad_out, block, block, causal, memory)
+        errors.append(sum(map(difference, found, truth)))
+        counted = [taped, size([*q, *k, *v, *out, lse]), memory.moved]
+        formulas = [4 * n * n + 2 * n * d, 4 * n * d + n, backward_traffic(n, n, d, block)]
+        exact = exact and (causal or counted == formulas)
         rows.append([f"{n}", "yes" if causal else "no", *counted, f"{errors[-1]:.0e}"])
-    table(["N", "causal", "on tape", "kept", "multiply-adds", "moved", "peak", "error"], *rows)
-    check("dq, dk, dv = those of backward()", max(errors) < 1e-12, f"{max(errors):.0e}")
-    check("tape 4N² + 2Nd, kept 4Nd + N, 5N²d + Nd multiply-adds, moved, peak: counted", exact)
+    print("  numbers kept for the backward pass, on the tape and by flash; then moved by flash's")
+    table(["N", "causal", "on tape", "by flash", "moved", "error"], *rows)
+    check("dq, dk, dv = those of backward()", sum(errors) < 1e-12, f"{sum(errors):.0e}")
+    check("tape 4N² + 2Nd, kept 4Nd + N, moved: counted = formula", exact)
     return rows
 
 # 7. Merging ---------------------------------------------------------------------------------------
@@ -431,76 +423,83 @@ def show_backward(rng, d=8, block=4):
 def merge_partials(out_a, lse_a, out_b, lse_b):
     """Attention over keys A and over keys B -> over both: (out [n][d], logsumexp [n]).
     ValueError if the parts differ in shape. Milakov & Gimelshein 2018, section 3.1."""
-    shapes(out_a, out_b, out_b, out_b)
-    if {len(lse_a), len(lse_b)} != {len(out_a)}: raise ValueError(f"{len(lse_a)}, {len(lse_b)} lse")
-    rows = [normalized(fold([x, 1.0, *a], [y], list(zip(b))))
-            for a, x, b, y in zip(out_a, lse_a, out_b, lse_b)]
-    return [out for _, *out in rows], [logsumexp for logsumexp, *_ in rows]
+    require_fit([out_a, out_b], [out_a])
+    parts = zip(out_a, lse_a, out_b, lse_b, strict=True)
+    rows = [normalized(fold([x, 1.0, *a], [y], [b])) for a, x, b, y in parts]
+    return [row[1:] for row in rows], [row[0] for row in rows]
 
 def show_merging(rng, n=64, d=8, block=4):
     """Two queries, their keys split among workers; in each of the orders of a ring."""
-    (q, k, v), rows, errors = matrices(rng, (2, d), (n, d), (n, d)), [], []
-    keys, (whole, lse) = rng.sample(range(n), n), flash_attention(q, k, v, 2, block)
-    def merge(a, b): return merge_partials(*a, *b)
+    q, k, v = matrices(rng, (2, d), (n, d), (n, d))
+    out, lse = flash_attention(q, k, v, 2, block)
+    rows, errors = [], []
     for workers in (1, 2, 5, 16):
         COUNT.clear()
-        parts = [flash_attention(q, *([x[j] for j in keys[i::workers]] for x in (k, v)), 2, block)
-                 for i in range(workers)]
-        tiles = sum(key[0] == "tile" for key in COUNT)       # of the longest part: all start at 0
-        rings = [reduce(merge, parts[i:] + parts[:i]) for i in range(workers)]
-        errors.append(max(difference([*a, b], [*whole, lse]) for a, b in rings))
-        rows.append([f"{workers}", tiles, f"{errors[-1]:.0e}"])
+        parts = [flash_attention(q, k[i::workers], v[i::workers], 2, block) for i in range(workers)]
+        longest = sum(key[0] == "tile" for key in COUNT)     # each part counts its tiles from 0
+        for i in range(workers):                 # in a ring, every device begins with its own part
+            merged = parts[i]
+            for part in parts[i + 1:] + parts[:i]: merged = merge_partials(*merged, *part)
+            errors.append(difference([*merged[0], merged[1]], [*out, lse]))
+        rows.append([f"{workers}", longest, f"{max(errors[-workers:]):.0e}"])
     table([f"workers for {n} keys", f"tiles of {block} one after another", "error"], *rows)
-    check("any parts of the keys, merged: the whole", max(errors) < 1e-12, f"{max(errors):.0e}")
+    check("any parts of the keys, merged: the whole", sum(errors) < 1e-12, f"{sum(errors):.0e}")
 
 # 8. The bugs people ship --------------------------------------------------------------------------
-def fold_without_rescaling(state, scores, columns):
+# Three mistakes where parts of a softmax are put together. None of them raises an error.
+def fold_without_rescaling(state, scores, values):
     """Bug: when the maximum moves, what was summed up before stays as it is."""
-    top, *sums = state
-    return fold([max(top, *scores), *sums], scores, columns)
+    return fold([max(state[0], *scores), *state[1:]], scores, values)
 
-def fold_without_guard(state, scores, columns):
+def fold_without_guard(state, scores, values):
     """Bug: the maximum is subtracted even if it is -inf, because all keys so far are hidden."""
-    if (top := max(state[0], *scores)) > -inf: return fold(state, scores, columns)
-    return [top, *(x * exp(state[0] - top) for x in state[1:])]
+    if max(state[0], *scores) > -inf: return fold(state, scores, values)
+    return [-inf, *(x * exp(-inf - -inf) for x in state[1:])]
 
 def merge_by_mean(out_a, lse_a, out_b, lse_b):
     """Bug: the outputs of two parts are averaged, however much of the softmax lies in each."""
     return merge_partials(out_a, [0.0] * len(lse_a), out_b, [0.0] * len(lse_b))
 
-def show_bugs(rng, d=8, n=16, block=4):
-    """Each bug beside the correct version -> rows of bug, what is measured, correct, with bug."""
-    values, (scores,), rows, off = *matrices(rng, (n, d), (1, n)), [], []
-    for order, row in ("fall", sorted(scores)[::-1]), ("rise", sorted(scores)):
-        truth = [[dot(softmax(row), column) for column in zip(*values)]]
-        states = (online(row, values, 1, f)[-1] for f in (fold, fold_without_rescaling))
-        outs = [[normalized(state)[1:]] for state in states]
-        rows.append(["no rescaling", f"error of out if scores {order}",
-                     *(f"{difference(out, truth):.0e}" for out in outs)])
-        mean = [[sum(column) / n for column in zip(*values)]]
-        off.append(difference(outs[1], truth if order == "fall" else mean))
-    check("no rescaling: right if scores fall, a plain mean if they rise", max(off) < 1e-12)
-    # 2 of these 6 queries see no key. Zeros are the convention for them, here and in PyTorch.
+def no_rescaling(rng, n=16, d=8):
+    """If the scores rise, every key moves the maximum. (If they fall, nothing goes wrong.)"""
+    q, k, v = matrices(rng, (1, d), (n, d), (n, d))
+    keys, values = zip(*sorted(zip(k, v), key=lambda pair: dot(q[0], pair[0])))
+    truth = standard_attention(q, k, v)
+    mean = [[sum(column) / n for column in zip(*v)]]
+    right, _ = flash_attention(q, keys, values, 1, 1)
+    wrong, _ = flash_attention(q, keys, values, 1, 1, fold=fold_without_rescaling)
+    check("no rescaling, scores that rise: a mean without weights", difference(wrong, mean) < 1e-12)
+    return [["no rescaling", "error of out if scores rise", f"{difference(right, truth):.0e}",
+             f"{difference(wrong, truth):.0e}"]]
+
+def no_guard(rng, d=8):
+    """2 of 6 queries see no key; zeros are the convention for them, here and in PyTorch."""
     q, k, v, grad_out = matrices(rng, (6, d), (4, d), (4, d), (6, d))
     nans = []
     for f in fold, fold_without_guard:
-        out, lse = flash_attention(q, k, v, block, block, True, fold=f)
-        _, dk, _ = flash_attention_backward(q, k, v, out, lse, grad_out, block, block, True)
-        padded = normalized(online([-inf] * block + scores[block:], values, block, f)[-1])
-        nans.append([sum(map(isnan, sum(x, []))) for x in (out, dk, [padded])])
-    names = "out, 6 x 8", "dk, 4 x 8", "a row padded on the left, 9"
-    rows += [["no guard", f"NaN in {name}", *pair] for name, *pair in zip(names, *nans)]
-    check("no guard: NaN in rows that see no key, and in all of dk; with it none",
-          nans == [[0, 0, 0], [2 * d, 4 * d, 1 + d]])
+        out, lse = flash_attention(q, k, v, 4, 4, True, fold=f)
+        _, dk, _ = flash_attention_backward(q, k, v, out, lse, grad_out, 4, 4, True)
+        nans += [sum(map(isnan, sum(x, []))) for x in (out, dk)]
+    check("no guard: NaN in rows that see no key, and in all of dk", nans == [0, 0, 2 * d, 4 * d])
+    return [["no guard", f"NaN in out, 6 x {d}", nans[0], nans[2]],
+            ["no guard", f"NaN in dk, 4 x {d}", nans[1], nans[3]]]
+
+def mean_of_parts(rng, n=16, d=8):
+    """A part of 2 keys counts as much as a part of 14."""
     q, k, v = matrices(rng, (1, d), (n, d), (n, d))
-    a, b = (flash_attention(q, k[x], v[x], 1, block) for x in (slice(2), slice(2, n)))
-    (right, lse), truth = merge_partials(*a, *b), standard_attention(q, k, v)
-    gaps = [difference(x, truth) for x in (right, merge_by_mean(*a, *b)[0])]
-    share = exp(a[1][0] - lse[0])
-    rows.append(["mean of parts", f"error of out, {share:.0%} of the softmax in one",
-                 *(f"{x:.0e}" for x in gaps)])
+    truth, lse = flash_attention(q, k, v, 1, 4)
+    a, lse_a = flash_attention(q, k[:2], v[:2], 1, 4)
+    b, lse_b = flash_attention(q, k[2:], v[2:], 1, 4)
+    right = difference(merge_partials(a, lse_a, b, lse_b)[0], truth)
+    wrong = difference(merge_by_mean(a, lse_a, b, lse_b)[0], truth)
+    share = exp(lse_a[0] - lse[0])
     check("the mean is off by |share - 1/2| times the difference of the parts",
-          abs(gaps[1] - abs(share - 0.5) * difference(a[0], b[0])) < 1e-12)
+          abs(wrong - abs(share - 0.5) * difference(a, b)) < 1e-12)
+    return [["mean of parts", f"error of out, {share:.0%} of the softmax in one",
+             f"{right:.0e}", f"{wrong:.0e}"]]
+
+def show_bugs(rng):
+    rows = no_rescaling(rng) + no_guard(rng) + mean_of_parts(rng)
     table(["bug", "measured", "correct", "with the bug"], *rows)
     return rows
 
@@ -508,27 +507,27 @@ def show_bugs(rng, d=8, n=16, block=4):
 # Figure 2 of Dao et al. 2022: attention of GPT-2 medium, forward and backward, on an A100. Assumed:
 # 16-bit numbers, a multiprocessor's SRAM to a head, the largest tile past which flash can stream
 # tiles of d rows, as in algorithm 1. Standard attention: N x N matrices moved forward as in section
-# 2, backward for dv 1, dP 1, dS 3, dq 1, dk 1; mask and dropout 2 each, both ways, if not fused.
-FIGURE_2, GB_STANDARD, GB_FLASH = (1024, 64, 16 * 64), 40.3, 4.4     # N, d, 16 heads x batch 64
-SRAM, LLAMA_31_8B = 192 * 1024, (131072, 32, 8, 128)    # bytes; context, heads, KV heads, head_dim
+# 2, backward for dv 1, dP 1, dS 3, dq 1, dk 1 (and N x d 8); mask and dropout 2 each, both ways.
+FIGURE_2 = 1024, 64, 16 * 64, 192 * 1024, 40.3, 4.4      # N, d, heads x batch, bytes of SRAM; GB
+LLAMA_31_8B = 131072, 32, 8, 128                         # context, heads, KV heads, head_dim
 
-def show_real_world(_, bytes_each=2):
+def show_real_world(bytes_each=2):
     """The paper's figure by the formulas verified above; the score matrix at 128k -> GB moved."""
-    (n, d, heads), m = FIGURE_2, SRAM // bytes_each
-    block_q, block_k = (largest_block(f, m, d, d) for f in (flash_footprint, backward_footprint))
-    fused = standard_traffic(n, n, d, n) + (1 + 1 + 3 + 1 + 1) * n * n + 8 * n * d
-    flash = flash_traffic(n, n, d, block_q) + backward_traffic(n, n, d, block_k)
-    fused, apart, flash = (heads * bytes_each * x / 1e9 for x in (fused, fused + 8 * n * n, flash))
+    n, d, heads, sram, paper_standard, paper_flash = FIGURE_2
+    flash = flash_traffic(n, n, d, flash_block(sram // bytes_each, d, d))
+    flash += backward_traffic(n, n, d, backward_block(sram // bytes_each, d, d))
+    standard = standard_traffic(n, n, d, n) + (7 + 8) * n * n + 8 * n * d
+    flash, standard = (x * heads * bytes_each / 1e9 for x in (flash, standard))
     table([f"GB moved, GPT-2 medium, {heads:,} heads", "formula", "paper"],
-          ["standard, mask and dropout fused", f"{fused:.1f}", "-"],
-          ["standard, each a kernel", f"{apart:.1f}", GB_STANDARD],
-          ["flash", f"{flash:.1f}", GB_FLASH],
-          ["standard / flash", f"{apart / flash:.1f}", f"{GB_STANDARD / GB_FLASH:.1f}"])
+          ["standard, each step a kernel", f"{standard:.1f}", paper_standard],
+          ["flash", f"{flash:.1f}", paper_flash],
+          ["standard / flash", f"{standard / flash:.1f}", f"{paper_standard / paper_flash:.1f}"])
     n, n_heads, n_kv_heads, head_dim = LLAMA_31_8B
-    kept = n * (2 * (n_heads + n_kv_heads) * head_dim + n_heads)
-    one, layer, kept = (f"{bytes_each * x / 1e9:,.1f} GB" for x in (n * n, n_heads * n * n, kept))
-    print(f"\n  Llama-3.1-8B, {n:,} tokens, a layer: scores {layer}, {one} a head; kept {kept}.")
-    return {"standard, fused": fused, "standard": apart, "flash": flash}
+    head = n * n * bytes_each / 1e9
+    kept = n * (2 * (n_heads + n_kv_heads) * head_dim + n_heads) * bytes_each / 1e9
+    print(f"\n  Llama-3.1-8B at {n:,} tokens, a layer: {n_heads} score matrices of {head:.1f} GB; "
+          f"flash keeps {kept:.1f} GB.")
+    return {"standard": standard, "flash": flash}
 
 # Report -------------------------------------------------------------------------------------------
 # >>> shared: report (printing, charts, checks, command line; the same in every script)
@@ -623,15 +622,17 @@ def run(main, **readers):
 # <<< shared: report
 
 def main(seed=42):
-    """Run all sections -> the measurements, under the section's name."""
-    started, rng, results = begin(), random.Random(seed), {}
-    for title, show in {
-            "1. Autograd": show_autograd, "2. Standard attention": show_standard,
-            "3. The online softmax": show_online_softmax,
-            "4. The tiled forward": show_tiled_forward, "5. A limit on memory": show_limit,
-            "6. The backward pass": show_backward, "7. Merging": show_merging,
-            "8. The bugs people ship": show_bugs, "9. The real world": show_real_world}.items():
-        results[show.__name__.removeprefix("show_")] = section(title, show, rng)
-    return finish(started, **results)
+    """Run all sections -> the measurements."""
+    started, rng = begin(), random.Random(seed)
+    section("1. Autograd", show_autograd, rng)
+    section("2. Standard attention", show_standard, rng)
+    section("3. The online softmax", show_online_softmax, rng)
+    section("4. The tiled forward", show_tiled_forward, rng)
+    limit = section("5. A limit on memory", show_limit, rng)
+    backward = section("6. The backward pass", show_backward, rng)
+    section("7. Merging", show_merging, rng)
+    bugs = section("8. The bugs people ship", show_bugs, rng)
+    gigabytes = section("9. The real world", show_real_world)
+    return finish(started, limit=limit, backward=backward, bugs=bugs, real_world=gigabytes)
 
 if __name__ == "__main__": run(main)

@@ -55,21 +55,37 @@ def test_gradients(seed):
 
 
 @pytest.mark.parametrize("seed", range(50))
+def test_rotation(seed):
+    """At any position, against transformers' GPT-J rotation."""
+    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    rng = random.Random(seed)
+    rope, n, start = rng.choice([2, 4, 6, 8]), rng.choice([1, 2, 7]), rng.choice([0, 3, 50, 4000])
+    still, base = rng.choice([0, 1, 4]), rng.choice([10000.0, 500000.0])
+    rows = ma.vectors(rng, n, still + rope)
+    angles = torch.outer(torch.arange(start, start + n, dtype=torch.float64),
+                         base ** (-torch.arange(0, rope, 2, dtype=torch.float64) / rope))
+    turned = gptj.apply_rotary_pos_emb(tensor(rows)[None, :, None, still:], angles.sin()[None], angles.cos()[None])
+    expected = torch.cat([tensor(rows)[:, :still], turned[0, :, 0]], -1)
+    ours = [ma.rotate(row, start + i, rope, base) for i, row in enumerate(rows)]
+    torch.testing.assert_close(tensor(ours), expected, **close)
+
+
+@pytest.mark.parametrize("seed", range(50))
 def test_layers_with_rotary_positions(seed):
     """Layer.run against transformers' GPT-J rotation and SDPA, over GQA and windows."""
     gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
     rng = random.Random(seed)
     n_heads, n, rope = rng.choice([1, 2, 4]), rng.choice([1, 2, 7, 12]), rng.choice([2, 4, 6])
-    head_dim, d_model, start = rope + rng.choice([0, 1, 4]), rng.choice([5, 8]), rng.choice([0, 3, 50])
+    head_dim, d_model = rope + rng.choice([0, 1, 4]), rng.choice([5, 8])
     n_kv_heads, window = rng.choice([h for h in (1, 2, 4) if n_heads % h == 0]), rng.choice([None, 1, 3])
-    w = {name: ma.vectors(rng, heads * head_dim, d_model) for name, heads in
+    w = {name: ma.vectors(rng, heads, head_dim, d_model) for name, heads in
          (("query", n_heads), ("key", n_kv_heads), ("value", n_kv_heads))}
     w["out"] = ma.vectors(rng, d_model, n_heads * head_dim)
     xs = ma.vectors(rng, n, d_model)
-    angles = torch.outer(torch.arange(start, start + n, dtype=torch.float64),
+    angles = torch.outer(torch.arange(n, dtype=torch.float64),
                          10000.0 ** (-torch.arange(0, rope, 2, dtype=torch.float64) / rope))
     sin, cos = angles.sin()[None], angles.cos()[None]
-    t = {name: (tensor(xs) @ tensor(w[name]).T).reshape(1, n, -1, head_dim) for name in ("query", "key", "value")}
+    t = {name: torch.einsum("nd,hkd->nhk", tensor(xs), tensor(w[name]))[None] for name in ("query", "key", "value")}
     for name in ("query", "key"):
         turned = gptj.apply_rotary_pos_emb(t[name][..., head_dim - rope:], sin, cos)
         t[name] = torch.cat([t[name][..., :head_dim - rope], turned], -1)
@@ -77,8 +93,8 @@ def test_layers_with_rotary_positions(seed):
     mask = (j <= i) & (j > i - (window or n))
     mixed = sdpa(*(x.transpose(1, 2) for x in t.values()), attn_mask=mask, enable_gqa=True)
     expected = mixed.transpose(1, 2).reshape(n, -1) @ tensor(w["out"]).T
-    layer = ma.Layer(n_heads, n_kv_heads, rope, w, window)
-    torch.testing.assert_close(tensor(layer.run(xs, [], start)), expected, **close)
+    layer = ma.Layer(rope, w, window)
+    torch.testing.assert_close(tensor(layer.run(xs)), expected, **close)
 
 
 @pytest.mark.parametrize("absorbed", [True, False])
@@ -107,14 +123,17 @@ def test_mla_is_deepseek_v3(seed, absorbed):
         expected = module(tensor(xs)[None], (angles.cos(), angles.sin()), hidden)[0][0]
     compress = module.kv_a_proj_with_mqa.weight
     ups = module.kv_b_proj.weight.reshape(n_heads, nope + value_dim, rank)
-    weights = {"query": module.q_proj.weight, "down": compress[:rank], "rope": compress[rank:],
-               "up_key": ups[:, :nope].reshape(-1, rank), "up_value": ups[:, nope:].reshape(-1, rank),
-               "out": module.o_proj.weight}
-    layer = ma.MLA(n_heads, 1, rope, {name: weight.tolist() for name, weight in weights.items()})
-    layer = ma.changed(layer, absorbed=absorbed)
-    torch.testing.assert_close(tensor(layer.run(xs, [])), expected, **close)
-    ma.COUNT.clear()
-    cache = []
-    steps = [layer.run([x], cache, i)[0] for i, x in enumerate(xs)]      # decoding, too
-    torch.testing.assert_close(tensor(steps), expected, **close)
-    assert 2 * ma.COUNT["cached"] == n * layer.kv_bytes() == 2 * n * (rank + rope)
+    weights = {"query": module.q_proj.weight.reshape(n_heads, nope + rope, d_model),
+               "down": compress[None, :rank], "rope": compress[None, rank:],
+               "up_key": ups[:, :nope], "up_value": ups[:, nope:], "out": module.o_proj.weight}
+    layer = ma.MLA(rope, {name: weight.tolist() for name, weight in weights.items()})
+    look = layer.look if absorbed else layer.look_decompressed
+    queries, cached = layer.project("query", xs), layer.remember(xs)
+    ours = ma.linear(ma.join_heads(look(queries, *cached)), layer.weights["out"])
+    torch.testing.assert_close(tensor(ours), expected, **close)
+    last = ma.linear(ma.join_heads(look([head[-1:] for head in queries], *cached)), layer.weights["out"])
+    torch.testing.assert_close(tensor(last), expected[-1:], **close)             # decoding, too
+    if absorbed:
+        ma.COUNT.clear()
+        torch.testing.assert_close(tensor(layer.run(xs)), expected, **close)
+        assert ma.COUNT["cached"] == n * (rank + rope) == n * sum(layer.cache_shape()[1:])
