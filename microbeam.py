@@ -20,10 +20,10 @@ a small model guesses, a large one checks several guesses in a pass, and the dis
 """
 import argparse, codecs, gc, os, random, sys, time
 from collections import defaultdict
-from copy import copy
+from copy import copy, deepcopy
+from functools import lru_cache
 from heapq import heappop, heappush
-from itertools import accumulate
-from math import exp, inf, isfinite, log, sqrt
+from math import ceil, exp, inf, isfinite, isnan, log, sqrt
 from operator import mul
 from pathlib import Path
 
@@ -138,8 +138,8 @@ def show_temperature_slope(rng):
     check("slope of the mean logit in 1/t = variance", abs(inverse.grad - variance) < 1e-9)
 
 # 2. Data and models -------------------------------------------------------------------------------
-# Token 0, printed as ".", begins and ends a name. The GPT (see microkv) gives logits, softmax makes
-# them probabilities. The target is the model whose names we want, the draft a cheap imitation.
+# Token 0, printed as ".", begins and ends a name. A GPT (microkv) gives a score, a logit, to every
+# token that may come next. The target is the model whose names we want, the draft an imitation.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
@@ -177,7 +177,6 @@ def tokenize(names, rng):
     rng.shuffle(rows)
     return vocabulary, rows[len(rows) // 10:], rows[:len(rows) // 10]
 # <<< shared: names
-
 # >>> shared: gpt (the same in every script that uses it)
 class KVCache:
     """keys[layer][position] and values[layer][position]: [d_model], of all positions so far."""
@@ -256,43 +255,34 @@ class GPT:
 # <<< shared: gpt
 MAX_LEN = 20                             # tokens of a name, the boundary that ends it included
 
-class PrefixTree:
-    """A model that runs each prefix, a tuple, once, on a copy of its parent's cache."""
-    def __init__(self, model): self.model, self.nodes = model, {(): (None, KVCache(model.n_layers))}
-    def node(self, prefix):              # -> (the logits after the prefix, its cache)
-        if prefix not in self.nodes:
-            cache = copy(self.node(prefix[:-1])[1])
-            cache.keys, cache.values = list(map(list, cache.keys)), list(map(list, cache.values))
-            self.nodes[prefix] = self.model.run(prefix[-1:], cache, len(prefix) - 1)[0], cache
-        return self.nodes[prefix]
-    def logits(self, prefix): return self.node(tuple(prefix))[0]
-    def log_probs(self, prefix): return [log(p) for p in softmax(self.logits(prefix))]
-    def score(self, name):               # log P, in nats, of the tokens after the first boundary
-        return sum(self.log_probs((BOUNDARY, *name[:i]))[x] for i, x in enumerate(name))
+# One pass of a model over what its cache does not hold yet -> the logits after each new token.
+def read(model, cache, text): return model.run(text[cache.length:], cache, cache.length)
+
+@lru_cache(maxsize=10_000)               # searches and samples ask for the same prefixes again
+def run_prefix(model, prefix):           # a tuple of tokens -> (logits of the next, the cache)
+    cache = deepcopy(run_prefix(model, prefix[:-1])[1]) if prefix[1:] else KVCache(model.n_layers)
+    return read(model, cache, prefix)[0], cache
 
 def show_models(vocabulary, names, held_out, rng):
-    """Train both models -> (the target's tree, the draft's, the losses)."""
-    trees, losses = [], {"a uniform guess": log(len(vocabulary))}
+    """Train the target and the draft -> (both, their losses)."""
+    models, losses = [], {"a uniform guess": log(len(vocabulary))}
     for role, d_model, steps, rate in ("target", 16, 190, 0.01), ("draft", 4, 140, 0.03):
         model = GPT(len(vocabulary), rng, d_model=d_model)
         train(model.parameters(), lambda i: model.loss([names[i % len(names)]]), steps, rate)
-        trees.append(PrefixTree(model.frozen()))
-        losses[f"the {role}, {len(model.parameters()):,} weights"] = trees[-1].model.loss(held_out)
+        models.append(model.frozen())
+        losses[f"the {role}, {len(model.parameters()):,} weights"] = models[-1].loss(held_out)
     print(f"  {len(names)} names to learn, {len(held_out)} held out; nats per letter on the latter")
     bars(list(losses.items()))
-    return *trees, losses
+    return models, losses
 
 # 3. Filters ---------------------------------------------------------------------------------------
-# Each token of the tail is improbable, all together are not. Filters keep what is at or above a
-# floor, and rescale it to a sum of 1. The floor is set by a rank (top-k), by the mass above it
-# (top-p, the nucleus) or by the top token (min-p). Ties at the floor all stay.
-def require(holds, message):
-    if not holds: raise ValueError(message)
-
+# Each token of the tail is improbable, all together are not: sooner or later one spoils the text.
+# Filters keep what is at or above a floor, and rescale it to a sum of 1. The floor is set by a rank
+# (top-k), by the mass above it (top-p, the nucleus) or by the top token (min-p). Ties all stay.
 def require_probabilities(*rows):
-    for row in rows:
-        require(row and len(row) == len(rows[0]) and min(row) >= 0.0 and abs(sum(row) - 1.0) < 1e-6,
-                f"not the probabilities of {len(rows[0])} tokens: {row[:5]}")
+    for row in rows:                     # each over as many tokens as the first
+        fair = row and len(row) == len(rows[0]) and min(row) >= 0.0 and abs(sum(row) - 1.0) < 1e-6
+        if not fair: raise ValueError(f"not the probabilities of {len(rows[0])} tokens: {row[:5]}")
 
 def keep(probs, floor):
     total = sum(p for p in probs if p >= floor)
@@ -300,69 +290,84 @@ def keep(probs, floor):
 
 def apply_temperature(logits, t):
     """softmax(logits / t) -> probabilities. t = 0 is the limit: all on the largest (ties share)."""
+    if not 0.0 <= t < inf: raise ValueError(f"temperature {t}, must be at least 0 and finite")
     top = max(logits, default=-inf)
-    require(0.0 <= t < inf, f"temperature {t}, must be at least 0 and finite")
-    require(isfinite(top) and all(z == z for z in logits), f"logits {logits[:5]}")
-    return softmax([(z - top) / t if t else 0.0 if z == top else -inf for z in logits])
+    if not isfinite(top) or any(map(isnan, logits)): raise ValueError(f"logits {logits[:5]}")
+    if t == 0.0: return keep([float(z == top) for z in logits], 1.0)
+    return softmax([(z - top) / t for z in logits])
 
 def top_k(probs, k):
     """Keep the k most probable tokens, and what ties with the last; k may exceed the vocabulary."""
     require_probabilities(probs)
-    require(k >= 1 and k == int(k), f"top-k {k}, must be 1, 2, 3, ...")
-    return keep(probs, sorted(probs)[-min(int(k), len(probs))])
+    if not (k >= 1 and k % 1 == 0): raise ValueError(f"top-k {k}, must be 1, 2, 3, ...")
+    falling = sorted(probs, reverse=True)
+    return keep(probs, falling[min(int(k), len(probs)) - 1])
 
 def top_p(probs, p):
     """Keep the fewest tokens of mass p or more, and ties with the last. Holtzman, section 3.1."""
     require_probabilities(probs)
-    require(0.0 <= p <= 1.0, f"top-p {p}, must be in 0..1")
-    falling = sorted(probs, reverse=True)                    # 1e-12: in floats, 0.7 + 0.2 < 0.9
-    nucleus = [x for x, mass in zip(falling, accumulate(falling)) if mass - x < p - 1e-12]
-    return keep(probs, 0.0 if p == 1.0 else min(nucleus, default=falling[0]))
+    if not 0.0 <= p <= 1.0: raise ValueError(f"top-p {p}, must be in 0..1")
+    floor, mass = max(probs), 0.0
+    for prob in sorted(probs, reverse=True):
+        if mass >= p - 1e-12 and p < 1.0: break              # in floats, 0.7 + 0.2 < 0.9
+        floor = prob
+        mass += prob
+    return keep(probs, floor)
 
 def min_p(probs, p):
     """Keep what has at least p times the probability of the top token."""
     require_probabilities(probs)
-    require(0.0 <= p <= 1.0, f"min-p {p}, must be in 0..1")
+    if not 0.0 <= p <= 1.0: raise ValueError(f"min-p {p}, must be in 0..1")
     return keep(probs, p * max(probs))
 
-def show_filters(tree, vocabulary, prefix):
-    """The distribution after a prefix as bars, then what each strategy leaves of it."""
-    p = softmax(logits := tree.logits(prefix))
-    new = {f"temperature {t}": apply_temperature(logits, t) for t in (2.0, 0.5, 0.0)}
-    new |= {"top-k 5": top_k(p, 5), "top-p 0.8": top_p(p, 0.8), "min-p 0.3": min_p(p, 0.3)}
-    print(f"  the ten most probable tokens after {''.join(vocabulary[i] for i in prefix)!r}")
-    bars([(c, 100 * x) for x, c in sorted(zip(p, vocabulary), reverse=True)[:10]], " %")
-    table(["choosing by", "tokens kept", "mass cut", "top token"], *(
-        [name, sum(x > 0.0 for x in row), f"{sum(a for a, x in zip(p, row) if not x):.1%}",
-         f"{max(row):.1%}"] for name, row in new.items()))
-    return new
+PLAIN, GREEDY = ("temperature", 1.0), ("temperature", 0.0)   # a rule: its kind and its strength
+RULES = [("temperature", 1.5), PLAIN, ("temperature", 0.7), ("temperature", 0.4), GREEDY,
+         ("top-k", 5), ("top-p", 0.8), ("min-p", 0.3)]
+
+def choose(logits, rule):                # -> the probabilities to draw from
+    kind, strength = rule
+    if kind == "temperature": return apply_temperature(logits, strength)
+    return {"top-k": top_k, "top-p": top_p, "min-p": min_p}[kind](softmax(logits), strength)
+
+def probs_after(model, prefix, rule): return choose(run_prefix(model, tuple(prefix))[0], rule)
+def draw(probs, rng): return rng.choices(range(len(probs)), probs)[0]
+
+def show_filters(model, vocabulary, prefix):
+    before, rows = probs_after(model, prefix, PLAIN), []
+    print(f"  the eight most probable tokens after {''.join(vocabulary[x] for x in prefix)!r}")
+    bars([(token, 100 * p) for p, token in sorted(zip(before, vocabulary), reverse=True)[:8]], " %")
+    for kind, strength in RULES:
+        after = probs_after(model, prefix, (kind, strength))
+        cut = [p for p, left in zip(before, after) if not left]
+        rows.append([f"{kind} {strength}", len(after) - len(cut), f"{sum(cut):.1%}",
+                     f"{max(after):.1%}"])
+    table(["left by the rule", "tokens kept", "mass cut", "top token"], *rows)
 
 # 4. Search ----------------------------------------------------------------------------------------
-# Beam search carries the `width` best prefixes along, all of one length. Finished texts differ in
-# length, and every token costs probability: sums favour the short, so a penalty divides by length.
-def normalised(score, length, length_penalty):               # Wu et al. 2016, equation 14
-    return score / ((5.0 + length) / 6.0) ** length_penalty
+# Which text is the most probable? Greedy search takes the best token each time, and may regret it.
+# Beam search carries the `width` best prefixes along, all of one length. Exact search continues the
+# best prefix of any length. Every token costs probability, so sums favour short texts; a penalty
+# divides by length: Wu et al. 2016, equation 14. A hypothesis is (its cost -log P, its tokens).
+def normalised(score, length, penalty): return score / ((5.0 + length) / 6.0) ** penalty
 
-def continuations(step, start, eos, cost, tokens):
-    """All texts one token longer -> [(cost, tokens)]. A cost is -log P of what follows start."""
+def continuations(step, start, eos, cost, tokens):           # -> hypotheses one token longer
     row = step([*start, *tokens])
-    require(0 <= eos < len(row), f"eos {eos}, but {len(row)} log-probabilities")
-    require(all(x <= 1e-9 for x in row), f"not log-probabilities: {row[:5]}")
+    if not 0 <= eos < len(row): raise ValueError(f"eos {eos}, but {len(row)} log-probabilities")
+    if not all(x <= 1e-9 for x in row): raise ValueError(f"not log-probabilities: {row[:5]}")
     COUNT["prefixes expanded"] += 1
     return [(cost - x, (*tokens, token)) for token, x in enumerate(row) if x > -inf]
 
 def beam_search(step, start, eos, width, max_len, length_penalty=0.0):
-    """-> the finished hypotheses, best first, at most `width`: [(tokens after start, total log P)].
-    step(prefix) -> one log-probability per token. max_len counts generated tokens, eos included. Of
-    each round's continuations, those among the first `width` that end are finished."""
-    require(start and width >= 1 <= max_len, f"start {start}, width {width}, length {max_len}")
+    """-> at most `width` finished hypotheses, best first: [(tokens after start, total log P)].
+    step(prefix) -> one log-probability per token. max_len counts generated tokens, eos included."""
+    if not start or min(width, max_len) < 1: raise ValueError(f"{start=}, {width=}, {max_len=}")
+    def ends(hypothesis): return hypothesis[1][-1] == eos
     def rank(hypothesis): return normalised(hypothesis[0], len(hypothesis[1]), length_penalty)
     live, finished = [(0.0, ())], []
     for length in range(1, max_len + 1):
         children = sorted(c for parent in live for c in continuations(step, start, eos, *parent))
-        finished += [child for child in children[:width] if child[1][-1] == eos]
-        finished = sorted(finished, key=rank)[:width]
-        live = [child for child in children if child[1][-1] != eos][:width]
+        finished = sorted([*finished, *filter(ends, children[:width])], key=rank)[:width]
+        live = [child for child in children if not ends(child)][:width]
         if not live: break
         # The cost of a live one only grows; the penalty does most for it at one of two lengths.
         hope = min(normalised(live[0][0], n, length_penalty) for n in (length + 1, max_len))
@@ -372,7 +377,7 @@ def beam_search(step, start, eos, width, max_len, length_penalty=0.0):
 def exact_search(step, start, eos, max_len):
     """-> (tokens after start, total log P) of the most probable text that ends, or ValueError. The
     likeliest prefix goes first; probabilities only fall: nothing can overtake a finished one."""
-    require(start and max_len >= 1, f"start {start}, max_len {max_len}")
+    if not start or max_len < 1: raise ValueError(f"{start=}, {max_len=}")
     heap = [(0.0, ())]
     while heap:
         cost, tokens = heappop(heap)
@@ -381,62 +386,64 @@ def exact_search(step, start, eos, max_len):
             if child[1][-1] == eos or len(child[1]) < max_len: heappush(heap, child)
     raise ValueError(f"no text of at most {max_len} tokens can end with token {eos}")
 
-def draw(probs, rng): return rng.choices(range(len(probs)), probs)[0]
-
-def sample(tree, choose, rng):           # choose(logits) -> the probabilities to draw from
-    tokens = []
-    while len(tokens) < MAX_LEN and tokens[-1:] != [BOUNDARY]:
-        tokens.append(draw(choose(tree.logits((BOUNDARY, *tokens))), rng))
-    return tokens
-
-def show_search(tree, vocabulary, names, rng):
-    """Beams beside the exact maximum, after the boundary alone and after every first letter."""
-    starts = [[BOUNDARY]] + [[BOUNDARY, first] for first in sorted({name[1] for name in names})]
+def show_search(model, starts):
+    """Beams beside the exact maximum, the mode -> {(width, penalty): [(name, log P) by start]}"""
+    def step(prefix): return [log(p) for p in probs_after(model, prefix, PLAIN)]
     COUNT.clear()
-    modes = [exact_search(tree.log_probs, start, BOUNDARY, MAX_LEN) for start in starts]
-    expanded, errors, rows = COUNT["prefixes expanded"], {}, []
-    def beam(*arguments):                # or nothing, if no name has ended within MAX_LEN
-        return (beam_search(tree.log_probs, *arguments) or [([BOUNDARY], -inf)])[0]
-    searches = {(width, penalty): [beam(x, BOUNDARY, width, MAX_LEN, penalty) for x in starts]
-                for penalty, widths in ((0.0, (1, 2, 4, 8, 16)), (1.0, (8,))) for width in widths}
-    for key, found in (searches | {("exact", "-"): modes}).items():
-        errors[key] = [best - score for (_, best), (_, score) in zip(modes, found)]
-        rows.append([*map(str, key), "".join(vocabulary[token] for token in found[0][0]),
-                     f"{found[0][1]:.3f}", f"{sum(len(x) - 1 for x, _ in found) / len(found):.2f}",
-                     sum(x > 1e-9 for x in errors[key])])
-    table(["beam width", "length penalty", "found", "log P", "mean letters",
-           f"errors in {len(starts)}"], *rows)
-    texts = {"samples": [sample(tree, softmax, rng) for _ in range(200)],
-             "names to learn": [name[1:] for name in names], "the mode": [modes[0][0]]}
-    points = {name: [(len(x) - 1, tree.score(x)) for x in texts[name]] for name in texts}
-    plot("log P of whole names over their letters", points, height=9)
-    check("no beam is above the exact maximum", min(map(min, errors.values())) > -1e-9)
-    check("prefixes expanded: at most max_len / P(mode)",    # as probable as the mode or more
-          expanded <= sum(MAX_LEN / exp(best) for _, best in modes), f"{expanded:,}")
-    return {"modes": modes, "expanded": expanded, "points": points, "errors": errors}
+    modes = [exact_search(step, start, BOUNDARY, MAX_LEN) for start in starts]
+    expanded, found, rows, highest = COUNT["prefixes expanded"], {}, [], -inf
+    for width, penalty in (1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (16, 0.0), (16, 1.0):
+        beams = [beam_search(step, start, BOUNDARY, width, MAX_LEN, penalty) for start in starts]
+        found[width, penalty] = [beam[0] if beam else ([BOUNDARY], -inf) for beam in beams]
+    found["exact", "-"] = modes
+    for (width, penalty), names in found.items():
+        gaps = [score - best for (_, score), (_, best) in zip(names, modes)]
+        highest = max(highest, *gaps)
+        letters = sum(len(name) - 1 for name, _ in names) / len(names)
+        rows.append([f"{width}", f"{penalty}", f"{letters:.2f}", sum(gap < -1e-9 for gap in gaps)])
+    print(f"  the best name after nothing and after every first letter: {len(starts)} starts")
+    table(["beam width", "length penalty", "mean letters added", "maximum missed"], *rows)
+    check("no beam is above the exact maximum", highest < 1e-9)
+    limit = sum(MAX_LEN / exp(best) for _, best in modes)    # each is as probable as its mode
+    check("prefixes expanded: at most max_len / P(mode)", expanded <= limit, f"{expanded:,}")
+    return found
+
+def sample(model, rule, rng):            # -> (a name, its log P under the model, in nats)
+    tokens, log_p = [], 0.0
+    while len(tokens) < MAX_LEN and tokens[-1:] != [BOUNDARY]:
+        logits, _ = run_prefix(model, (BOUNDARY, *tokens))
+        tokens.append(draw(choose(logits, rule), rng))
+        log_p -= cross_entropy(logits, tokens[-1])
+    return tuple(tokens), log_p
+
+def show_curse(model, vocabulary, mode, rng):
+    """The most probable name is not a typical one."""
+    text = "".join(vocabulary[token] for token in mode[0])
+    drawn = {"samples": [sample(model, PLAIN, rng) for _ in range(200)], f"mode {text!r}": [mode]}
+    points = {kind: [(len(x) - 1, log_p) for x, log_p in drawn[kind]] for kind in drawn}
+    plot("log P of whole names, in nats, over their letters", points, height=8)
 
 # 5. Sampling quality ------------------------------------------------------------------------------
-def total_variation(p, q):               # TV: the most by which the chance of any event differs
-    return 0.5 * sum(abs(a - b) for a, b in zip(p, q))
+# Names should be probable, and should not repeat. Either is easy at the price of the other: greedy
+# search writes one name for ever. Rules are compromises: in the chart, the best is up and right.
+# Total variation: the most by which the chance of any event differs between two distributions.
+def total_variation(p, q): return 0.5 * sum(abs(a - b) for a, b in zip(p, q))
 
-def show_quality(tree, names, rng, n=150):
-    """n names each: log P under the target tells how probable, the distinct share how diverse."""
-    known, results = {tuple(name[1:]) for name in names}, {}
-    def lengths(texts): return [sum(len(x) == i for x in texts) / len(texts) for i in range(22)]
-    families = {"temperature": (apply_temperature, (1.5, 1.0, 0.7, 0.4, 0.0)),
-                "top-k": (lambda z, k: top_k(softmax(z), k), (12, 6, 3)),
-                "top-p": (lambda z, p: top_p(softmax(z), p), (0.95, 0.8, 0.5)),
-                "min-p": (lambda z, p: min_p(softmax(z), p), (0.02, 0.1, 0.3))}
-    for family, rule, value in [(f, rule, x) for f, (rule, xs) in families.items() for x in xs]:
-        drawn = [tuple(sample(tree, lambda z: rule(z, value), rng)) for _ in range(n)]
-        results[family, value] = [
-            sum(map(tree.score, drawn)) / n, len({*drawn}) / n, sum(x in known for x in drawn) / n,
-            sum(len(x) - 1 for x in drawn) / n, total_variation(lengths(drawn), lengths(known))]
-    table([f"{n} names each", "log P", "distinct", "memorised", "letters", "lengths: TV"], *(
-        [f"{family} {value}", f"{a:.2f}", f"{b:.1%}", f"{c:.1%}", f"{d:.2f}", f"{e:.1%}"]
-        for (family, value), (a, b, c, d, e) in results.items()))
-    curves = {f: [(x[1], x[0]) for key, x in results.items() if key[0] == f] for f in families}
-    plot("log P over the share of distinct names", curves, height=9)
+def show_quality(model, names, rng, n=150):
+    """n names by each rule -> {rule: (log P, distinct, memorised, TV of lengths)}"""
+    known, results, curves = {tuple(name[1:]) for name in names}, {}, defaultdict(list)
+    def lengths(texts): return [sum(len(x) == i for x in texts) / len(texts) for i in range(23)]
+    for rule in RULES:
+        drawn, scores = zip(*(sample(model, rule, rng) for _ in range(n)))
+        log_p, distinct = sum(scores) / n, len(set(drawn)) / n
+        memorised = sum(name in known for name in drawn) / n
+        results[rule] = log_p, distinct, memorised, total_variation(lengths(drawn), lengths(known))
+        curves[rule[0]].append((100 * distinct, log_p))
+    print(f"  {n} names by each rule; lengths: total variation from those of the names to learn")
+    table(["rule", "mean log P, nats", "distinct", "memorised", "lengths"], *(
+        [f"{kind} {strength}", f"{log_p:.2f}", *(f"{share:.1%}" for share in shares)]
+        for (kind, strength), (log_p, *shares) in results.items()))
+    plot("mean log P, in nats, over the share of distinct names in %", curves, height=8)
     return results
 
 # 6. Speculative decoding --------------------------------------------------------------------------
@@ -444,29 +451,48 @@ def show_quality(tree, names, rng, n=150):
 # gamma tokens, each *drawn* from its q; one pass of the target gives its p at all places. Accept x
 # with probability min(1, p(x) / q(x)); at the first rejection draw from the residual max(0, p - q),
 # rescaled; if all are accepted, draw one more from the last p. Exact: x is drafted and accepted
-# with probability min(p, q). A rejection has 1 - Σ min(p, q) = Σ max(0, p - q), which is what
-# rescales the residual: so it adds max(0, p - q) to x, in all p.
+# with probability min(p, q); a rejection has 1 - Σ min(p, q) = Σ max(0, p - q), which is what
+# rescales the residual, and so adds max(0, p - q): in all, p.
 def residual(p, q):
     rest = [max(0.0, a - b) for a, b in zip(p, q)]
-    total = sum(rest)                    # 0 if p = q, and then nothing is ever rejected
-    return [x / total for x in rest] if total else p
+    return keep(rest, 0.0) if any(rest) else p               # if p = q, nothing is ever rejected
 
 def speculative_step(p_rows, q_rows, drafted, rng):
     """One round -> (the accepted tokens, the next). Leviathan et al. 2022, algorithm 1.
     drafted [gamma]: drawn from the rows of q_rows [gamma][vocab_size]; p_rows: one row more."""
     require_probabilities(*p_rows, *q_rows)
-    require(len(p_rows) - 1 == len(q_rows) == len(drafted),
-            f"{len(drafted)} tokens, {len(p_rows)} rows of p, {len(q_rows)} of q")
+    if not len(p_rows) - 1 == len(q_rows) == len(drafted):
+        raise ValueError(f"{len(drafted)} tokens, {len(p_rows)} rows of p, {len(q_rows)} of q")
+    COUNT["rounds"] += 1
     for i, (p, q, token) in enumerate(zip(p_rows, q_rows, drafted)):
-        require(0 <= token < len(q) and q[token], f"token {token} at {i}: its draft rules it out")
+        if not (0 <= token < len(q) and q[token]): raise ValueError(f"{token=}, not from its q")
+        COUNT["tests"] += 1
+        COUNT["Σ min(p, q)"] += sum(map(min, p, q))
         if rng.random() >= min(1.0, p[token] / q[token]):
             return list(drafted[:i]), draw(residual(p, q), rng)
+        COUNT["accepted"] += 1
     return list(drafted), draw(p_rows[-1], rng)
+
+def speculate(target, draft, gamma, rule, rng, start=(BOUNDARY,)):
+    """Write a name -> its tokens after start. One rule for p and q; gamma = 0 is plain decoding."""
+    text, target_cache, draft_cache = list(start), KVCache(target.n_layers), KVCache(draft.n_layers)
+    while len(text) <= MAX_LEN and BOUNDARY not in text[1:]:
+        drafted, q_rows = [], []
+        for _ in range(gamma):                                               # draft
+            q_rows.append(choose(read(draft, draft_cache, text + drafted)[-1], rule))
+            drafted.append(draw(q_rows[-1], rng))
+        logits = read(target, target_cache, text + drafted)                  # verify
+        p_rows = [choose(row, rule) for row in logits[-gamma - 1:]]
+        accepted, token = speculative_step(p_rows, q_rows, drafted, rng)     # accept
+        text += [*accepted, token]
+        for cache in target_cache, draft_cache: cache.truncate(len(text) - 1)        # roll back
+    end = text.index(BOUNDARY, 1) + 1 if BOUNDARY in text[1:] else MAX_LEN + 1
+    return text[len(start):end]
 
 def outcomes(p, q, drafts, rest):
     """-> the chance of every token to be drafted (by `drafts`) and accepted; to be from `rest`."""
     accepted = [d * min(1.0, a / b) if d else 0.0 for a, b, d in zip(p, q, drafts)]
-    rejected = sum(d - a for d, a in zip(drafts, accepted))
+    rejected = sum(drafts) - sum(accepted)
     return accepted, [rejected * r for r in rest]
 
 def speculative_distribution(p, q):
@@ -476,167 +502,135 @@ def speculative_distribution(p, q):
 
 def sequence_distribution(p_of, q_of, gamma, length, text=(), n=0):
     """-> {text: probability} after `length` more tokens; n drafts of this round are accepted."""
-    if not length: return {text: 1.0}
+    if length == 0: return {text: 1.0}
     p, q, result = p_of(text), q_of(text), defaultdict(float)
     accepted, rest = outcomes(p, q, q, residual(p, q)) if n < gamma else ([], p)
     for chances, n in (accepted, n + 1), (rest, 0):
-        for x in [x for x, chance in enumerate(chances) if chance]:
-            ends = sequence_distribution(p_of, q_of, gamma, length - 1, (*text, x), n)
-            for end, more in ends.items(): result[end] += chances[x] * more
+        for token, chance in enumerate(chances):
+            if chance == 0.0: continue
+            ends = sequence_distribution(p_of, q_of, gamma, length - 1, (*text, token), n)
+            for end, more in ends.items(): result[end] += chance * more
     return result
+
+def check_one_token(models, contexts):
+    pairs = [[probs_after(model, x, rule) for model in models] for x in contexts for rule in RULES]
+    error = max(total_variation(speculative_distribution(p, q), p) for p, q in pairs)
+    check("one token by any rule, over all drafts: the target's", error < 1e-12, f"{error:.0e}")
+
+def check_three_tokens(target, draft):
+    def p_of(text): return probs_after(target, (BOUNDARY, *text), ("top-k", 3))
+    def q_of(text): return probs_after(draft, (BOUNDARY, *text), ("top-k", 3))
+    error = max(abs(chance - p_of(())[a] * p_of((a,))[b] * p_of((a, b))[c]) for gamma in (1, 2, 3)
+                for (a, b, c), chance in sequence_distribution(p_of, q_of, gamma, 3).items())
+    check("three tokens of top-k 3, over all rounds: the target's", error < 1e-12, f"{error:.0e}")
+
+def check_samples(p, q, rng, n=3000):
+    """Chi-square of n tokens. With d degrees of freedom, d + 2 √(d x) + 2 x is exceeded with a
+    probability of at most e^-x (Laurent & Massart 2000, lemma 1): here x = 14, one in a million."""
+    drawn = []
+    while len(drawn) < n:
+        accepted, token = speculative_step([p] * 3, [q] * 2, [draw(q, rng), draw(q, rng)], rng)
+        drawn += [*accepted, token]
+    statistic = sum((drawn[:n].count(x) - n * a) ** 2 / (n * a) for x, a in enumerate(p) if a)
+    d = sum(a > 0.0 for a in p) - 1
+    limit = d + 2.0 * sqrt(d * 14.0) + 28.0
+    check(f"chi-square of {n:,} tokens", statistic < limit, f"{statistic:.1f} < {limit:.1f}")
+
+def check_greedy(target, draft, contexts, rng):
+    plain, fast = ([speculate(target, draft, n, GREEDY, rng, x) for x in contexts] for n in (0, 4))
+    check("greedy speculation writes the greedy text", plain == fast, f"{len(contexts)} starts")
 
 def expected_tokens(alpha, gamma):
     """Tokens per target pass: Σ alpha^i, i = 0..gamma drafts accepted in a row. Leviathan, eq. 1.
     Only approximate: alpha varies with the context, and a mean of powers exceeds the mean's."""
-    require(0.0 <= alpha <= 1.0 and gamma >= 0 == gamma % 1, f"alpha {alpha}, gamma {gamma}")
-    return gamma + 1.0 if alpha == 1.0 else (1.0 - alpha ** (gamma + 1)) / (1.0 - alpha)
+    if not 0.0 <= alpha <= 1.0 or gamma < 0 or gamma % 1: raise ValueError(f"{alpha=}, {gamma=}")
+    return sum(alpha ** i for i in range(int(gamma) + 1))
 
-def speedup(alpha, gamma, c):            # drafting costs c target passes a token: theorem 3.8
-    return expected_tokens(alpha, gamma) / (gamma * c + 1.0)
+# Leviathan et al., theorem 3.8: a drafted token costs c passes of the target.
+def speedup(alpha, gamma, c): return expected_tokens(alpha, gamma) / (gamma * c + 1.0)
 
-def speculate(target, draft, gamma, choose, rng, start=(BOUNDARY,), truncate=True):
-    """-> (a name, its p rows, [(n_accepted, [Σ min(p, q) of each test])]). gamma 0: plain decoding.
-    choose(logits) -> probabilities, alike for target and draft: p and q are what is drawn from."""
-    require(target is not draft, "target and draft are one object, and would share a cache")
-    text, used, rounds = list(start), [], []
-    caches = {model: KVCache(model.n_layers) for model in (target, draft)}
-    n_read = dict.fromkeys(caches, 0)    # how many tokens of the text a model has run
-    def read(model, text):               # run what is new, in one pass -> the logits after each
-        first, n_read[model] = n_read[model], len(text)
-        return model.run(text[first:], caches[model], first)
-    while len(text) <= MAX_LEN and BOUNDARY not in text[1:]:
-        drafted, q_rows = [], []
-        for _ in range(gamma):
-            q_rows.append(choose(read(draft, text + drafted)[-1]))
-            drafted.append(draw(q_rows[-1], rng))
-        p_rows = [choose(logits) for logits in read(target, text + drafted)[-gamma - 1:]]
-        accepted, token = speculative_step(p_rows, q_rows, drafted, rng)
-        n, chances = len(accepted) + 1, [sum(map(min, p, q)) for p, q in zip(p_rows, q_rows)]
-        rounds.append((n - 1, chances[:n]))
-        used, text = used + p_rows[:n], [*text, *accepted, token][:MAX_LEN + 1]
-        for model, cache in caches.items():      # roll back what was rejected
-            n_read[model] = min(n_read[model], len(text) - 1)
-            if truncate: cache.truncate(n_read[model])
-    end = text.index(BOUNDARY, 1) + 1 if BOUNDARY in text[1:] else len(text)
-    return text[len(start):end], used[:end - len(start)], rounds
-
-def contexts(texts, target, draft, choose=softmax):          # (p, q) after every prefix of texts
-    prefixes = sorted({tuple(text[:n]) for text in texts for n in range(1, len(text))})
-    return [(choose(target.logits(prefix)), choose(draft.logits(prefix))) for prefix in prefixes]
-
-def show_exactness(target, draft, texts, rng, n=3000):
-    """The output distribution by enumeration: one token, then three; and by a test on n samples."""
-    def cool(logits): return top_p(apply_temperature(logits, 0.7), 0.9)
-    pairs = contexts(texts, target, draft) + contexts(texts, target, draft, cool)
-    error = max(total_variation(speculative_distribution(p, q), p) for p, q in pairs)
-    check("one token, plain and cut, over all drafts: the target's", error < 1e-12, f"{error:.0e}")
-    p_of, q_of = (lambda text, tree=tree: top_k(softmax(tree.logits((BOUNDARY, *text))), 3)
-                  for tree in (target, draft))
-    error = max(abs(chance - p_of(())[a] * p_of((a,))[b] * p_of((a, b))[c]) for gamma in (1, 2, 3)
-                for (a, b, c), chance in sequence_distribution(p_of, q_of, gamma, 3).items())
-    check("three tokens of top-k 3, over all rounds: the target's", error < 1e-12, f"{error:.0e}")
-    p, q, drawn = top_k(pairs[0][0], 9), top_k(pairs[0][1], 9), []
-    while len(drawn) < n:
-        accepted, token = speculative_step([p] * 3, [q] * 2, [draw(q, rng), draw(q, rng)], rng)
-        drawn += [*accepted, token]
-    counts = [(drawn[:n].count(x), n * p_x) for x, p_x in enumerate(p) if p_x]
-    # Laurent & Massart 2000, lemma 1: chi-square of d degrees of freedom exceeds d + 2 sqrt(d x)
-    # + 2 x with a probability of at most e^-x. x = 14: a false alarm in over a million runs.
-    df, statistic = len(counts) - 1, sum((k - mean) ** 2 / mean for k, mean in counts)
-    limit = df + 2.0 * sqrt(df * 14.0) + 28.0
-    check(f"chi-square of {n:,} tokens", statistic < limit, f"{statistic:.1f} < {limit:.1f}")
-
-def show_speculation(target, draft, texts, rng, n_names=45):
-    """Names by speculation, for several gamma: tokens and costs, counted beside the formulas."""
-    models, rows, results, exact = (target.model, draft.model), [], {}, True
-    large, small = (sum(len(m) * len(m[0]) for m in list(model.weights.values())[2:])
-                    for model in models)         # all matrices but the two look-up tables
+def show_speculation(target, draft, rng, n_names=45):
+    """Names by speculation, counted -> {gamma: (accepted, Σ min(p, q), tokens a pass, formula)}"""
+    rows, results = [], {}
     for gamma in (0, 1, 2, 4, 8):
         COUNT.clear()
-        names = [speculate(*models, gamma, softmax, rng) for _ in range(n_names)]
-        work, weights = COUNT["multiply-adds"], COUNT["weights read"]
-        n, rounds = sum(len(name) for name, _, _ in names), sum((x for *_, x in names), [])
-        accepted, tests = sum(k for k, _ in rounds), sum((x for _, x in rounds), [])
-        exact = exact and weights == len(rounds) * (large + gamma * small)
-        alpha, chance = (x / max(1, len(tests)) for x in (accepted, sum(tests)))
-        results[gamma] = alpha, 1.0 + accepted / len(rounds), expected_tokens(alpha, gamma)
-        rows.append([f"{gamma}", *(f"{x:.2f}" for x in (alpha, chance, *results[gamma][1:])),
-                     round(work / n), round(weights / n), f"{large * n / weights:.2f}x",
-                     f"{speedup(alpha, gamma, small / large):.2f}x"])
-    table(["gamma", "accepted", "Σ min(p, q)", "tokens a pass", "formula", "multiply-adds",
-           "weights read", "gain", "formula"], *rows)
-    print("  costs and gain per token up to a name's end; formula: one alpha for all contexts\n")
-    alpha, ratios = results[4][0], (0.02, small / large, 0.2, 0.5)
-    gains = {c: [speedup(alpha, gamma, c) for gamma in range(11)] for c in ratios}
-    plot(f"speed-up over gamma by the formula for {alpha:.1%} accepted, and its maximum",
-         {f"c {c:.3f}: {max(row):.2f}x": [*enumerate(row)] for c, row in gains.items()}, height=9)
-    check("weights read = rounds x (target + gamma x draft)", exact, f"{small:,} : {large:,}")
-    def greedy(logits): return apply_temperature(logits, 0.0)
-    plain, fast = ([speculate(*models, n, greedy, rng, x[:2])[0] for x in texts] for n in (0, 4))
-    check("greedy speculation writes the greedy text", plain == fast, f"{len(texts)} starts")
+        n_tokens = sum(len(speculate(target, draft, gamma, PLAIN, rng)) for _ in range(n_names))
+        tests, rounds, work = max(1, COUNT["tests"]), COUNT["rounds"], COUNT["multiply-adds"]
+        alpha, chance = COUNT["accepted"] / tests, COUNT["Σ min(p, q)"] / tests
+        results[gamma] = alpha, chance, 1.0 + alpha * tests / rounds, expected_tokens(alpha, gamma)
+        rows.append([gamma, *(f"{x:.2f}" for x in results[gamma]), round(work / n_tokens)])
+    print("  gamma: tokens drafted a round; multiply-adds: of both models, per token of a name")
+    table(["gamma", "accepted", "Σ min(p, q)", "tokens a pass", "formula", "multiply-adds"], *rows)
     return results
 
+def show_speedup(alpha, cost):
+    gains = {c: [speedup(alpha, gamma, c) for gamma in range(11)] for c in (0.02, cost, 0.2, 0.5)}
+    curves = {f"c {c:.3f}: {max(row):.2f}x": [*enumerate(row)] for c, row in gains.items()}
+    plot(f"speed-up over gamma if {alpha:.0%} are accepted; c: cost of a draft", curves, height=8)
+
 # 7. The bugs people ship --------------------------------------------------------------------------
-def show_bugs(target, draft, texts, rng):
-    """The bias of every bug. The names it writes look like names, so it passes for correct."""
-    results = defaultdict(list)          # {bug: the total variation from the right p, by context}
-    rejected = False                     # has a round gone on after a rejection?
-    for p, q in contexts(texts, target, draft):
-        favourite = [float(x == q.index(max(q))) for x in range(len(q))]
-        cut_p, cut_q = top_p(p, 0.8), top_p(q, 0.8)
-        raw = [x if kept else 0.0 for x, kept in zip(q, cut_q)]      # cut, but not rescaled
-        runs = {"drafts greedily, tests by p/q": (p, q, favourite, residual(p, q)),
-                "redraws from p, not the residual": (p, q, q, p),
-                "top-p, q rescaled after the test": (cut_p, raw, cut_q, residual(cut_p, raw))}
-        for bug, x in runs.items(): results[bug] += [total_variation(add(*outcomes(*x)), x[0])]
-    for bug, truncate in 25 * [("caches not rolled back", False), ("caches rolled back", True)]:
-        text, used, rounds = speculate(target.model, draft.model, 4, softmax, rng, (0,), truncate)
-        rejected = rejected or not truncate and any(n < 4 for n, _ in rounds[:-1])
-        results[bug] += [total_variation(p, softmax(target.logits([BOUNDARY, *text[:i]])))
-                         for i, p in enumerate(used)]
+# What a biased sampler writes looks like names, so it passes for correct. Each bug is measured by
+# the total variation between the distribution it draws from and the p that it should.
+def bias(p, q, drafts, rest): return total_variation(p, add(*outcomes(p, q, drafts, rest)))
+# The draft takes its favourite, but the test divides by q as if it had drawn.
+def drafts_greedily(p, q): return bias(p, q, keep(q, max(q)), residual(p, q))
+def redraws_from_p(p, q): return bias(p, q, q, p)
+
+def rescales_late(p, q):
+    """top-p cuts both, but q is rescaled to a sum of 1 only after the test."""
+    cut_p, cut_q = top_p(p, 0.8), top_p(q, 0.8)
+    raw_q = [x if kept else 0.0 for x, kept in zip(q, cut_q)]
+    return bias(cut_p, raw_q, cut_q, residual(cut_p, raw_q))
+
+def keeps_rejected(model, prefix, truncate=False):
+    """A rejected draft, here a second boundary, stays in the cache when decoding goes on."""
+    cache = KVCache(model.n_layers)
+    read(model, cache, [*prefix[:-1], BOUNDARY])
+    if truncate: cache.truncate(len(prefix) - 1)
+    logits = model.run(prefix[-1:], cache, len(prefix) - 1)[0]
+    return total_variation(probs_after(model, prefix, PLAIN), softmax(logits))
+
+def show_bugs(target, draft, contexts):  # -> {bug: its bias in every context}
+    pairs = [(probs_after(target, x, PLAIN), probs_after(draft, x, PLAIN)) for x in contexts]
+    results = {"drafts greedily, tests by p/q": [drafts_greedily(p, q) for p, q in pairs],
+               "redraws from p, not the residual": [redraws_from_p(p, q) for p, q in pairs],
+               "top-p, q rescaled after the test": [rescales_late(p, q) for p, q in pairs]}
+    results["cache not rolled back"] = [keeps_rejected(target, x) for x in contexts]
+    check("every bug biases the distribution", min(map(max, results.values())) > 1e-3)
+    results["cache rolled back"] = right = [keeps_rejected(target, x, True) for x in contexts]
+    check("cache rolled back: p as one by one", not any(right), f"{len(right)} contexts")
     table(["bug", "contexts", "biased", "total variation: mean", "largest"], *(
         [bug, len(tv), sum(x > 1e-9 for x in tv), f"{sum(tv) / len(tv):.3f}", f"{max(tv):.3f}"]
         for bug, tv in results.items()))
-    # By raw sums a short text that ended beats all that go on, which the penalty was to prevent.
-    starts, scores = sorted({tuple(text[:2]) for text in texts})[:8], []
-    for compared, penalty in ("normalised", 1.2), ("raw", 0.0):
-        best = [beam_search(target.log_probs, x, BOUNDARY, 16, MAX_LEN, penalty)[0] for x in starts]
-        scores.append([normalised(score, len(tokens), 1.2) for tokens, score in best])
-        print(f"  beam of 16 by {compared} sums: mean score {sum(scores[-1]) / len(starts):.3f}")
-    *wrong, stale, right = results.values()
-    check("every bug biases the distribution, a stale cache once a token was rejected",
-          min(map(max, wrong)) > 1e-3 and (max(stale) > 1e-9) == rejected)
-    check("caches rolled back: p as one by one", not any(right), f"{len(right)} contexts")
-    check("a beam by raw sums finds no better score", all(map(float.__ge__, *scores)))
-    return dict(results) | {"scores": scores}
+    return results
+
+def show_unfair_beam(found):
+    """By raw sums a short text that ended beats all that go on, which the penalty is to prevent."""
+    def scores(penalty): return [normalised(x, len(name), 1.0) for name, x in found[16, penalty]]
+    fair, raw = scores(1.0), scores(0.0)
+    worse = sum(map(float.__lt__, raw, fair))
+    print(f"  a beam of 16 by raw sums: worse normalised score after {worse} of {len(raw)} starts")
+    check("a beam by raw sums finds no better score", all(map(float.__ge__, fair, raw)))
 
 # 8. The real world --------------------------------------------------------------------------------
 # Leviathan et al. 2022, T5-XXL, English to German, greedy: gamma, alpha, speed-up: table 2, c:
 # appendix. Chen et al. 2023: 14.1 ms a token, the draft 1.8; HumanEval. Its alpha is not given.
 PAIRS = [("T5-small", 7, 0.75, 0.02, "3.4x"), ("T5-large", 7, 0.82, 0.11, "1.7x"),
          ("Chinchilla, alpha assumed", 4, 0.80, 1.8 / 14.1, "2.46x")]
-# 3.1-70B and 3-8B, public config files: layers, width of heads, of key/value heads, weights.
-LLAMA = {"target": (80, 8192, 1024, 70.6e9), "draft": (32, 4096, 1024, 8.03e9)}
 
-def pass_seconds(name, batch, tokens, context=1024, peak=8 * 989e12, bandwidth=8 * 3.35e12):
-    """The roofline (microkv) of eight H100, FLOP/s and bytes/s, in 16 bits, no communication."""
-    n_layers, width, kv_width, weights = LLAMA[name]
-    flop = batch * tokens * (2 * weights + 4 * n_layers * width * context)
-    return max(flop / peak, (2 * weights + batch * 4 * n_layers * kv_width * context) / bandwidth)
+def losing_batch(alpha, gamma, c, ridge=989e12 / 3.35e12):   # H100: FLOP/s, bytes/s
+    """From here on speculation loses. Below the ridge (microkv) a pass waits for weights: decoding
+    costs 1, drafting gamma c, verification (gamma + 1) batch / ridge. Caches are left out."""
+    return ridge * (expected_tokens(alpha, gamma) - gamma * c) / (gamma + 1)
 
-def show_real_world(gamma=4, alphas=(0.9, 0.8, 0.6)):
-    """Published pairs beside the formula; the gain over the batch -> the batches that lose."""
+def show_real_world(gamma=4, c=8.03 / 70.6):                 # Llama 3.1-8B drafts for 70B
     table(["published pair", "gamma", "alpha", "c", "formula", "measured"], *(
         [name, n, f"{alpha:.2f}", f"{c:.3f}", f"{speedup(alpha, n, c):.2f}x", measured]
         for name, n, alpha, c, measured in PAIRS))
-    def gain(alpha, batch):
-        seconds = gamma * pass_seconds("draft", batch, 1) + pass_seconds("target", batch, gamma + 1)
-        return expected_tokens(alpha, gamma) * pass_seconds("target", batch, 1) / seconds
-    losing = {a: next(n for n in range(1, 9999) if gain(a, n) < 1.0) for a in alphas}
-    curves = {f"alpha {a}: loses from {losing[a]}": [(2 ** i, gain(a, 2 ** i)) for i in range(11)]
-              for a in alphas}
-    plot("Llama 70B drafted by 8B, 8 H100: speed-up over batch (log)", curves, True, height=8)
-    return losing
+    print(f"\n  Llama 70B drafted by 8B on H100, gamma {gamma}, c {c:.3f}")
+    table(["alpha", "speed-up of batch 1", "loses from a batch of"], *(
+        [f"{alpha}", f"{speedup(alpha, gamma, c):.2f}x", ceil(losing_batch(alpha, gamma, c))]
+        for alpha in (0.9, 0.8, 0.6)))
 
 # Report -------------------------------------------------------------------------------------------
 # >>> shared: report (printing, charts, checks, command line; the same in every script)
@@ -734,17 +728,24 @@ def main(seed=42, names=None):
     """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
     started, rng = begin(), random.Random(seed)
     vocabulary, names, held_out = tokenize(names or NAMES.split(), rng)
+    starts = [[BOUNDARY]] + [[BOUNDARY, letter] for letter in sorted({name[1] for name in names})]
+    contexts = sorted({tuple(name[:n]) for name in held_out[:25] for n in range(1, len(name))})
     section("1. Autograd", show_temperature_slope, rng)
-    target, draft, losses = section("2. Data and models", show_models, vocabulary, names, held_out,
-                                    rng)
-    filters = section("3. Filters", show_filters, target, vocabulary, names[0][:3])
-    search = section("4. Search", show_search, target, vocabulary, names, rng)
+    models, losses = section("2. Data and models", show_models, vocabulary, names, held_out, rng)
+    target, draft = models
+    section("3. Filters", show_filters, target, vocabulary, names[0][:3])
+    found = section("4. Search", show_search, target, starts)
+    show_curse(target, vocabulary, found["exact", "-"][0], rng)
     quality = section("5. Sampling quality", show_quality, target, names, rng)
-    section("6. Speculative decoding", show_exactness, target, draft, held_out, rng)
-    speculation = show_speculation(target, draft, held_out, rng)
-    bugs = section("7. The bugs people ship", show_bugs, target, draft, held_out, rng)
-    losing_batch = section("8. The real world", show_real_world)
-    return finish(started, losses=losses, filters=filters, search=search, quality=quality,
-                  speculation=speculation, bugs=bugs, losing_batch=losing_batch)
+    section("6. Speculative decoding", check_one_token, models, contexts)
+    check_three_tokens(target, draft)
+    check_samples(*(probs_after(model, (BOUNDARY,), ("top-k", 9)) for model in models), rng)
+    check_greedy(target, draft, contexts, rng)
+    rounds = show_speculation(target, draft, rng)
+    show_speedup(rounds[4][0], len(draft.parameters()) / len(target.parameters()))
+    bugs = section("7. The bugs people ship", show_bugs, target, draft, contexts)
+    show_unfair_beam(found)
+    section("8. The real world", show_real_world)
+    return finish(started, losses=losses, found=found, quality=quality, rounds=rounds, bugs=bugs)
 
 if __name__ == "__main__": run(main, names=read_names)
