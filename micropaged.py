@@ -1,29 +1,26 @@
 """A server that keeps its KV cache in small shared blocks serves several times the users.
 
-A request needs memory for keys and values, and nobody knows how much before its last token. So cut
-memory into pages, as operating systems do: blocks of a few tokens, found through a block table.
-They can be shared, copied when written, found again by content, and taken back when there are few.
+A model keeps a key and a value, two vectors, of every token it has read: the KV cache. Nobody knows
+how long a text will get before its last token. So cut memory into pages, as operating systems do:
+blocks of a few tokens, found through a block table; shared, copied when written, and found again.
 
   Kwon et al. 2023 (2309.06180) PagedAttention, vLLM      Yu et al. OSDI 2022 (Orca) scheduling
-
   python micropaged.py [--seed N] [--names FILE]     needs only Python, takes two seconds
 
-  1. Autograd              a gradient, through a block table and without one
+  1. Autograd              two caches, one gradient
   2. Data and model        a tiny GPT learns names; requests to continue lists of names
   3. Contiguous memory     one piece per request, and the three ways in which it wastes
   4. Paging                blocks and block tables: the same logits, hardly any waste
   5. Sharing               samples and beams share blocks until they write: copy-on-write
   6. Prefix caching        a block is found again by the hash of all that was said up to its end
   7. Continuous batching   requests come and go at every step; the youngest gives way
-  8. The bugs people ship  five of them, each beside the correct run
-  9. The real world        Llama-3-8B: blocks, users, waste, one system prompt for a thousand
+  8. The bugs people ship  five of them, in a scene that the correct server gets right
+  9. The real world        Llama-3-8B: blocks, users, waste, a system prompt that all share
 """
-import argparse, codecs, gc, os, random, sys, time
-from collections import OrderedDict, defaultdict
+import argparse, codecs, gc, hashlib, os, random, sys, time
+from collections import defaultdict
 from copy import copy
-from hashlib import sha256
-from itertools import accumulate
-from math import ceil, exp, log, sqrt
+from math import ceil, exp, log, log2, sqrt
 from operator import mul
 from pathlib import Path
 
@@ -126,17 +123,14 @@ def train(parameters, loss_at, steps, rate):
     progress()
     return curve
 # <<< shared: autograd
-
-def show_autograd(model, name):
-    gradients, pool = [], BlockPool(len(name), 2)        # section 4 explains the pool
+def show_autograd(vocab_size, name):     # two models of the same weights, with two kinds of cache
+    one, other = (GPT(vocab_size, random.Random(0)) for _ in range(2))
+    pool = BlockPool(n_blocks=len(name), block_size=2)               # section 4
     block_table, _ = pool.allocate(name)
-    for in_blocks in False, True:
-        logits = (run_batch(model, pool, [(block_table, 0)]) if in_blocks else
-                  model.run(name, KVCache(model.n_layers)))
-        cross_entropy(logits[-1], BOUNDARY).backward()
-        gradients.append([p.grad for p in model.parameters()])
-        for p in model.parameters(): p.grad = 0.0
-    print(f"  {len(gradients[0]):,} derivatives, in one piece and in blocks {block_table}")
+    cross_entropy(one.run(name, KVCache(one.n_layers))[-1], BOUNDARY).backward()
+    cross_entropy(run_batch(other, pool, [(block_table, 0)])[-1], BOUNDARY).backward()
+    gradients = [[p.grad for p in model.parameters()] for model in (one, other)]
+    print(f"  {len(gradients[0]):,} derivatives, with a cache in one piece and in {block_table=}")
     check("through a block table: the same gradient, bit for bit", gradients[0] == gradients[1])
 
 # 2. Data and model --------------------------------------------------------------------------------
@@ -253,127 +247,112 @@ class GPT:
                   in zip(self.run(name[:-1], KVCache(self.n_layers)), name[1:])]
         return dot(losses, [1.0 / len(losses)] * len(losses))
 # <<< shared: gpt
+# A request is a prompt, here a list of names, and a number of tokens to add. Most are short; three
+# of four begin alike, as chats with one system prompt do. Time is counted in steps: a step is one
+# pass through the model, with a new token for each request in it.
+def write(names, n, rng): return [token for name in rng.sample(names, n) for token in name[:-1]]
 
-class Request:
-    """A prompt to continue by n_tokens tokens; the server does not look ahead to where it stops."""
-    def __init__(self, prompt, n_tokens, arrival=0, seed=0):
-        self.prompt, self.n_tokens, self.arrival = list(prompt), n_tokens, arrival
-        self.rng, self.tokens, self.logits = random.Random(seed), list(prompt), []
-        self.n_cached, self.history = 0, ""              # history: a character for each step
-    def take(self, logits):              # draws the next token, at temperature 0.6 -> the last?
-        p = softmax([x / 0.6 for x in logits])
-        self.tokens.append(self.rng.choices(range(len(p)), p)[0])
-        self.logits.append(logits)
-        return len(self.logits) == self.n_tokens
-
-def error(model, tokens, logits):
-    """The largest error of the logits behind the last tokens; 0.0: as alone and in one piece."""
-    right = model.run(tokens, KVCache(model.n_layers))[-len(logits):]
-    return max(abs(x - y) for rows in zip(logits, right) for x, y in zip(*rows))
-
-def show_model(vocabulary, names, rng, n_steps=80, n_requests=12, most=20):
-    """-> (the tiny GPT after a short training, [(prompt, n_tokens, arrival, seed)])"""
-    def write(n): return [token for name in rng.sample(names, n) for token in name[:-1]]
+def show_model(vocabulary, names, rng, most=20):     # -> the trained model, a trace of requests
     model = GPT(len(vocabulary), rng, d_model=8, context=64)
-    losses = train(model.parameters(), lambda _: model.loss([write(2) + [0]]), n_steps, 0.04)
-    start, arrival, trace = write(4)[:18], 0, []
-    for i in range(n_requests):          # lengths have heavy tails; three of four begin alike
-        own = write(min(4, int(rng.paretovariate(1.0))))[:most] + [BOUNDARY]
-        n_tokens = min(most, int(4 * rng.paretovariate(1.2)))
-        trace.append((start * (i % 4 < 3) + own, n_tokens, arrival, i))
-        arrival += rng.choice((0, 0, 1, 2))
-    shared = "".join(vocabulary[token] for token in start)
-    print(f"  loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per letter; prompts like {shared}")
+    def loss_at(step): return model.loss([write(names, 2, rng) + [BOUNDARY]])
+    losses = train(model.parameters(), loss_at, 80, 0.04)
+    start, trace = write(names, 4, rng)[:18], []
+    for i in range(12):
+        prompt = write(names, min(4, int(rng.paretovariate(1.0))), rng)[:most] + [BOUNDARY]
+        if i % 4 < 3: prompt = start + prompt
+        trace.append((prompt, min(most, int(4 * rng.paretovariate(1.2))), 3 * i // 4, i))
+    print(f"  loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per letter; prompts begin with",
+          "".join(vocabulary[token] for token in start))
     return model.frozen(), trace
 
 # 3. Contiguous memory -----------------------------------------------------------------------------
-# A cache in one piece must be as long as the request may get. That wastes memory in three ways
-# (Kwon et al. 2023, section 3.1): RESERVATION, slots that the request will fill but has not yet;
-# INTERNAL fragmentation, slots that it never fills; EXTERNAL fragmentation, slots that are free,
-# enough for the next request, and useless, because they are not next to each other.
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-class OutOfBlocks(Exception): """Too little free memory at the moment; nothing has been changed."""
-def first_fit(memory, letter, n):
-    """memory: a character a slot, · if free -> the same with n slots in a row given to letter."""
-    if "·" * n not in memory: raise OutOfBlocks(f"{n} slots in a row, {memory.count('·')} free")
-    return memory.replace("·" * n, letter * n, 1)
+# A cache in one piece must be as long as the request may get, and wastes memory in three ways (Kwon
+# et al. 2023, section 3.1): RESERVATION, slots to be filled later; INTERNAL fragmentation, slots
+# never filled; EXTERNAL fragmentation, slots that are free and enough, but not next to each other.
+def first_fit(memory, n): return memory.find("·" * n)    # the first n free slots in a row, or -1
 
-def show_contiguous():
-    memory, refused = "".join(letter * 18 for letter in "·B·D·"), ""     # A, C and E have gone
-    try: first_fit(memory, "F", 19)
-    except OutOfBlocks as reason: refused = f"{reason}"
-    print(f"  {memory}\n  refused: {refused}")
-    check("in one piece: refused with enough free", refused and memory.count("·") >= 19, refused)
+def show_contiguous(n=18):
+    memory = "".join(letter * n for letter in "·B·D·")
+    free, refused = memory.count("·"), first_fit(memory, n + 1) == -1
+    print(f"  A, C and E have left: {free} slots are free. F needs {n + 1} in a row.\n  {memory}")
+    check("in one piece: refused with enough free", refused and free > n, f"{free} free")
 
 # 4. Paging ----------------------------------------------------------------------------------------
 # Block i of a sequence holds its positions i * block_size and following; its block table tells
 # where in the pool that block lies. Only the last block can be partly empty, so a request wastes
 # less than a block however long it gets; and any free block will do: nothing is external.
-class BlockTable(list): """The blocks of a sequence, in order. tokens: what they hold."""
+class OutOfBlocks(Exception): pass       # too little memory is free; nothing has been changed
+class BlockTable(list): pass             # the blocks of a sequence; its tokens: what they hold
 
 class BlockPool:
     """memory[block][slot][layer]: (key, value). A block is in use by references[block] tables, or
     by none: then it is in free_blocks, the next to be taken first. Kwon et al. 2023, section 4."""
-    n_to_run = 1                         # tokens of a prompt that may not come from the cache
+    n_to_run, copy_on_write = 1, True    # what two bugs of section 8 change
+    n_free = property(lambda self: len(self.free_blocks))            # cached ones included
+    def ref_count(self, block): return self.references[block]
+
     def __init__(self, n_blocks, block_size, prefix_caching=True):
         if min(n_blocks, block_size) < 1: raise ValueError(f"{n_blocks} blocks of {block_size}")
         self.n_blocks, self.block_size, self.prefix_caching = n_blocks, block_size, prefix_caching
         self.memory = [[{} for _ in range(block_size)] for _ in range(n_blocks)]
         self.references, self.digests = [0] * n_blocks, [None] * n_blocks    # digests: section 6
-        self.free_blocks, self.tables = OrderedDict.fromkeys(range(n_blocks)), {}
-    n_free = property(lambda self: len(self.free_blocks))            # cached ones included
-    def ref_count(self, block): return self.references[block]
+        self.free_blocks, self.tables = list(range(n_blocks)), {}            # tables in use, by id
+
     def allocate(self, token_ids):
         """Room for a prompt -> (block_table, n_cached: tokens at its start that need no run)."""
-        hits = self.find(token_ids)
-        n_cached, idle = len(hits) * self.block_size, self.free_blocks.keys() & hits
-        self.demand(token_ids, ceil(len(token_ids) / self.block_size) - len(hits) + len(idle))
-        block_table = self.refer(hits, token_ids[:n_cached])
+        cached = self.find(token_ids)
+        n_in_use = sum(block not in self.free_blocks for block in cached)
+        self.demand(token_ids, ceil(len(token_ids) / self.block_size) - n_in_use)
+        n_cached = len(cached) * self.block_size
+        block_table = self.refer(cached, token_ids[:n_cached])
         self.write(block_table, token_ids[n_cached:])
         return block_table, n_cached
+
     def append(self, block_table, token_ids):
         """Room for more tokens; a last block that is shared is copied first."""
         self.verify(block_table)
-        shared, length = self.must_copy(block_table), len(block_table.tokens) + len(token_ids)
-        self.demand(token_ids, ceil(length / self.block_size) - len(block_table) + shared)
+        length, last = len(block_table.tokens), block_table[-1]
+        shared = self.copy_on_write and length % self.block_size > 0 and self.references[last] > 1
+        n_blocks = ceil((length + len(token_ids)) / self.block_size)
+        self.demand(token_ids, n_blocks - len(block_table) + int(shared))
         if shared:
-            old, block_table[-1] = block_table[-1], self.take()
-            self.memory[block_table[-1]] = [dict(slot) for slot in self.memory[old]]
-            self.references[old] -= 1
+            block_table[-1] = self.take()
+            self.memory[block_table[-1]] = [dict(slot) for slot in self.memory[last]]
+            self.references[last] -= 1
             COUNT["copied"] += 1
         self.write(block_table, token_ids)
+
     def fork(self, block_table):
         """A second table of the same blocks; nothing is copied yet."""
         self.verify(block_table)
         return self.refer(block_table, block_table.tokens)
+
     def free(self, block_table):
         """Take a table out of use. Its last block goes first: without the others it is no use."""
         self.verify(block_table)
         self.tables.pop(id(block_table), None)
         for block in reversed(block_table):
             self.references[block] -= 1
-            if self.references[block] == 0: self.free_blocks[block] = None
-    # What the four operations are made of: two guards, which come before any change, then the work.
-    def verify(self, block_table):
+            if self.references[block] == 0: self.free_blocks.append(block)
+
+    def verify(self, block_table):       # the guards come before any change: all or nothing
         if id(block_table) not in self.tables: raise ValueError(f"not in use: {list(block_table)}")
     def demand(self, token_ids, n):
         if not token_ids: raise ValueError("room for 0 tokens: at least 1 is needed")
         if n > self.n_free: raise OutOfBlocks(f"{n} blocks, {self.n_free} of {self.n_blocks} free")
-    def refer(self, blocks, tokens):     # a new table of old blocks
+
+    def refer(self, blocks, tokens):     # a new table of blocks that hold the tokens already
         block_table = BlockTable(blocks)
         block_table.tokens, self.tables[id(block_table)] = list(tokens), block_table
         for block in blocks:
-            self.free_blocks.pop(block, None)
+            if self.references[block] == 0: self.free_blocks.remove(block)
             self.references[block] += 1
         return block_table
     def take(self):                      # a free block; what it held can be found no more
-        block, _ = self.free_blocks.popitem(last=False)
+        block = self.free_blocks.pop(0)
         self.references[block], self.digests[block] = 1, None
         return block
-    def must_copy(self, block_table):    # partly filled, and not only mine
-        return len(block_table.tokens) % self.block_size and self.references[block_table[-1]] > 1
-    # For section 6. Whoever could make digests collide would be served another's text: no hash().
-    def digest(self, parent, tokens): return sha256(repr((parent, tokens)).encode()).digest()
+
     def write(self, block_table, token_ids):
         tokens, size = block_table.tokens, self.block_size
         for token in token_ids:
@@ -382,8 +361,10 @@ class BlockPool:
             if len(tokens) % size == 0 and self.prefix_caching:
                 parent = self.digests[block_table[-2]] if len(block_table) > 1 else None
                 self.digests[block_table[-1]] = self.digest(parent, tokens[-size:])
-    def find(self, token_ids):
-        """Cached blocks of the first tokens; the last token must run, for its logits."""
+
+    # For section 6. Whoever could make digests collide would be served another's text: no hash().
+    def digest(self, parent, block): return hashlib.sha256(repr((parent, block)).encode()).digest()
+    def find(self, token_ids):           # cached blocks; the last token must run, for its logits
         blocks, digest, size = [], None, self.block_size
         for end in range(size, len(token_ids) - self.n_to_run + 1, size):
             digest = self.digest(digest, list(token_ids[end - size:end]))
@@ -391,8 +372,7 @@ class BlockPool:
             blocks.append(self.digests.index(digest))
         return blocks
 
-class PagedCache:
-    """What GPT.forward() needs of a cache. Production reads in place; here vectors are gathered."""
+class PagedCache:                        # for GPT.forward(); production reads blocks in place
     def __init__(self, pool, block_table, position):
         self.slots = [slot for block in block_table for slot in pool.memory[block]][:position + 1]
     def append(self, layer, key, value):
@@ -401,243 +381,263 @@ class PagedCache:
 
 def run_batch(model, pool, batch):
     """batch: [(block_table, n_cached)], the rest to run -> the logits behind each, in one pass."""
-    rows = [(table.tokens[i], i, PagedCache(pool, table, i))
-            for table, n_cached in batch for i in range(n_cached, len(table.tokens))]
-    COUNT["run"], COUNT["passes"] = COUNT["run"] + len(rows), COUNT["passes"] + 1
-    logits, lengths = model.forward(rows), [len(table.tokens) - n for table, n in batch]
-    return [logits[end - 1] for end in accumulate(lengths)]
+    rows, ends = [], []
+    for table, n_cached in batch:
+        for i in range(n_cached, len(table.tokens)):
+            rows.append((table.tokens[i], i, PagedCache(pool, table, i)))
+        ends.append(len(rows) - 1)
+    COUNT["run"] += len(rows)
+    logits = model.forward(rows)
+    return [logits[end] for end in ends]
 
-# The slots of a request of `now` tokens; Kwon's tokens in %, figure 2, external waste included.
-POLICIES = {"reserve the maximum": (lambda now, prompt, output: 512, 20.4),
-            "powers of two": (lambda now, prompt, output: prompt + 2 ** ceil(log(output, 2)), 26.8),
-            "the true length": (lambda now, prompt, output: prompt + output, 38.2),
-            "blocks of 64": (lambda now, *_: ceil(now / 64) * 64, "-"),
-            "blocks of 16": (lambda now, *_: ceil(now / 16) * 16, 96.3)}
+def error(model, tokens, logits):        # the largest of the last logits, against the text alone
+    truth = model.run(tokens, KVCache(model.n_layers))[-len(logits):]
+    return max(abs(x - y) for row, right in zip(logits, truth) for x, y in zip(row, right))
 
-def memory_uses(lengths, room):
-    """-> [tokens; reservation, for tokens to come; internal, never used] in % of the slots."""
-    lives = [(now, room(now, p, o), p + o) for p, o in lengths for now in range(p, p + o)]
-    uses = [(now, min(n, end) - now, max(0, n - end)) for now, n, end in lives]
-    sums = [sum(column) for column in zip(*uses)]
-    return [100 * x / sum(sums) for x in sums]
-
-def show_paging(model, trace, rng, n_blocks=90, block_size=4):
-    engine = Engine(model, BlockPool(n_blocks, block_size, False))       # section 7
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"   # the requests in pictures
+def show_paging(model, trace, n_blocks=80, block_size=4):
+    engine = Engine(model, BlockPool(n_blocks, block_size, prefix_caching=False))    # section 7
     requests = [engine.submit(*request) for request in trace]
+    print(f"  the pool, one character a block of {block_size} tokens, one letter a request, · free")
     while engine.waiting or engine.running:
         engine.step()
-        blocks = ["·"] * n_blocks
-        for r in engine.running:
-            for block in r.block_table: blocks[block] = LETTERS[requests.index(r)]
-        if engine.clock in (3, 7, 11, 15): print(f"  {''.join(blocks)}")
-    print()
-    lengths = [[min(256, int(16 * rng.paretovariate(1.0))) for _ in range(2)] for _ in range(60)]
-    uses = {name: memory_uses(lengths, room) for name, (room, _) in POLICIES.items()}
-    table(["% of the slots taken", "tokens", "reservation", "internal", "tokens in the paper"],
-          *([name, *(f"{x:.1f}" for x in uses[name]), POLICIES[name][1]] for name in uses))
-    check("in blocks: the logits of every request, bit for bit, as alone in one piece", all(
-        error(model, r.tokens[:-1], r.logits) == 0.0 for r in requests))
-    return requests, uses
+        owner = {i: LETTERS[requests.index(r)] for r in engine.running for i in r.block_table}
+        picture = "".join(owner.get(block, "·") for block in range(n_blocks))
+        if engine.clock in (3, 7, 11, 15): print(f"  after step {engine.clock:2} {picture}")
+    check("in blocks: the logits of every request, bit for bit, as alone in one piece",
+          all(error(model, r.tokens[:-1], r.logits) == 0.0 for r in requests))
+    return requests
+
+def show_waste(rng):
+    def length(): return min(256, int(16 * rng.paretovariate(1.0)))          # a heavy tail
+    uses = defaultdict(lambda: [0, 0, 0])                # policy: tokens, reservation, internal
+    for prompt, output in [(length(), length()) for _ in range(60)]:
+        end = prompt + output
+        for now in range(prompt, end):
+            slots = {"the maximum": 512, "a power of two": prompt + 2 ** ceil(log2(output)),
+                     "the true length": end, "blocks of 64": ceil(now / 64) * 64,
+                     "blocks of 16": ceil(now / 16) * 16}
+            for policy, n in slots.items():
+                uses[policy] = add(uses[policy], [now, min(n, end) - now, max(0, n - end)])
+    uses = {policy: [100 * n / sum(use) for n in use] for policy, use in uses.items()}
+    paper = (20.4, 26.8, 38.2, "-", 96.3)            # Kwon et al., figure 2, with external waste
+    print("\n  what the slots that 60 requests reserve are used for, in % over all steps")
+    table(["reserve", "tokens", "reservation", "internal", "tokens in the paper"],
+          *([policy, *(f"{x:.1f}" for x in uses[policy]), x] for policy, x in zip(uses, paper)))
+    return uses
 
 # 5. Sharing ---------------------------------------------------------------------------------------
-# Texts with one beginning share its blocks: fork() only counts them again. Who writes into a block
-# of several copies it first; the last to write is alone, and writes in place: of k samples, k - 1
-# copy the last block of a prompt that does not fill it. Beams share more: they are forks of forks.
+# Texts with one beginning share its blocks: fork() only counts them again. Who writes into a shared
+# block copies it first, and the last to write is alone in it: of k samples, k - 1 copy the last
+# block of a prompt that does not fill it. Beams share more: they are forks of forks.
 def branch(model, pool, prompt, n_tokens, choose, n_branches=1):
-    """Grow several texts -> ([(tokens, [logits behind them])], blocks in use at the end).
-
+    """Grow several texts, which stay in the pool -> [(tokens, [logits behind them])]
     choose(log p of each branch, logits of each) -> [(branch, token)] to go on with."""
-    table, n_cached = pool.allocate(prompt)
-    log_ps, logits = [0.0] * n_branches, run_batch(model, pool, [(table, n_cached)]) * n_branches
-    tables = [table] + [pool.fork(table) for _ in range(n_branches - 1)]
+    first, n_cached = pool.allocate(prompt)
+    logits = run_batch(model, pool, [(first, n_cached)]) * n_branches
+    tables = [first] + [pool.fork(first) for _ in range(n_branches - 1)]
+    log_ps = [0.0] * n_branches
     for _ in range(n_tokens):
-        log_ps, children, tokens = zip(*(
-            (log_ps[i] - cross_entropy(logits[i], token), pool.fork(tables[i]), token)
-            for i, token in choose(log_ps, logits)))
-        for table in tables: pool.free(table)
-        tables = children
-        for table, token in zip(tables, tokens): pool.append(table, [token])
-        logits = run_batch(model, pool, [(table, len(table.tokens) - 1) for table in tables])
-    for table in tables: pool.free(table)
-    return [(table.tokens, [row]) for table, row in zip(tables, logits)], len(set().union(*tables))
+        chosen = choose(log_ps, logits)
+        log_ps = [log_ps[i] - cross_entropy(logits[i], token) for i, token in chosen]
+        parents, tables = tables, [pool.fork(tables[i]) for i, _ in chosen]
+        for parent in parents: pool.free(parent)
+        for child, (_, token) in zip(tables, chosen): pool.append(child, [token])
+        logits = run_batch(model, pool, [(child, len(child.tokens) - 1) for child in tables])
+    return [(child.tokens, [row]) for child, row in zip(tables, logits)]
 
-def likeliest(log_ps, logits, width=4):
-    """Beam search: of all continuations of all branches, the most probable go on (microbeam)."""
-    losses = [(cross_entropy(row, token) - log_p, i, token)
-              for i, (log_p, row) in enumerate(zip(log_ps, logits)) for token in range(len(row))]
+def likeliest(log_ps, logits, width=4):  # beam search: the most probable continuations (microbeam)
+    losses = [(cross_entropy(row, token) - log_ps[i], i, token)
+              for i, row in enumerate(logits) for token in range(len(row))]
     return [(i, token) for _, i, token in sorted(losses)[:width]]
 
 def show_sharing(model, prompt, rng, n_tokens=10, block_size=4):
-    def sample(_, logits):
+    def sample(log_ps, logits):
         return [(i, rng.choices(range(len(row)), softmax(row))[0]) for i, row in enumerate(logits)]
-    rows, n, same = [], len(prompt), True
-    whole, every = n // block_size, ceil((n + n_tokens) / block_size)
-    kinds = [(f"{k} samples", sample, k) for k in (1, 2, 4, 8)] + [("4 beams", likeliest, 1)]
-    for name, choose, start in kinds:
-        COUNT["copied"] = 0
-        texts, used = branch(model, BlockPool(99, block_size), prompt, n_tokens, choose, start)
-        same, k = same and not any(error(model, *text) for text in texts), len(texts)
-        rows.append([name, k * every, used, whole + k * (every - whole),
-                     COUNT["copied"], (k - 1) * (n % block_size > 0)])
-    table([f"{n} tokens and {n_tokens} more", "blocks alone", "shared", "formula for samples",
-           "copied", "formula for samples"], *rows)
-    check("samples: blocks and copies counted = formula; beams: no more blocks than that",
+    rows, errors = [], []
+    for what, choose, n in ("samples", sample, 2), ("samples", sample, 8), ("beams", likeliest, 1):
+        COUNT["copied"], pool = 0, BlockPool(99, block_size)
+        texts = branch(model, pool, prompt, n_tokens, choose, n)
+        errors += [error(model, *text) for text in texts]
+        n, used = len(texts), pool.n_blocks - pool.n_free
+        alone = n * ceil((len(prompt) + n_tokens) / block_size)
+        formula = alone - (n - 1) * (len(prompt) // block_size)      # the prompt's blocks, once
+        rows.append([f"{n} {what}", alone, used, formula, COUNT["copied"], n - 1])
+    print(f"  blocks in use for texts of {len(prompt)} + {n_tokens} tokens; formulas: for samples")
+    table(["", "alone", "shared", "formula", "copied", "formula"], *rows)
+    check("samples: blocks shared and copied = formula; beams: no more blocks shared than that",
           all(row[2::2] == row[3::2] for row in rows[:-1]) and rows[-1][2] <= rows[-1][3])
-    check("branches that share: the logits of the same text alone, bit for bit", same)
+    check("branches that share: the logits of the same text alone, bit for bit", not any(errors))
     return rows
 
 # 6. Prefix caching --------------------------------------------------------------------------------
 # Thousands of requests begin alike. A freed block keeps its content until it is taken, the least
 # recently used first (LRU); until then a prompt finds it by the digest of all text up to its end.
-def show_prefix_caching(model, requests, block_size=4):
-    pool, rows, same, seen = BlockPool(200, block_size), [], True, [[]]
-    for letter, r in [*zip(LETTERS, requests)][:5] + [("A again", requests[0])]:
-        before, (block_table, n_cached) = COUNT["multiply-adds"], pool.allocate(r.prompt)
-        same = same and run_batch(model, pool, [(block_table, n_cached)]) == r.logits[:1]
+def show_prefix_caching(model, prompts, size=4):
+    COUNT["run"], pool, rows, errors = 0, BlockPool(200, size), [], []
+    for i, prompt in enumerate(prompts):
+        block_table, n_cached = pool.allocate(prompt)
+        logits = run_batch(model, pool, [(block_table, n_cached)])
+        errors.append(error(model, prompt, logits))
         pool.free(block_table)
-        # The formula: full blocks of the longest start that an earlier prompt has in common.
-        alike = max(len(os.path.commonprefix([r.prompt[:-1], other])) for other in seen)
-        rows.append([letter, len(r.prompt), n_cached, alike // block_size * block_size,
-                     COUNT["multiply-adds"] - before])
-        seen.append(r.prompt)
-    table(["prompt", "tokens", "cached", "formula", "multiply-adds"], *rows)
-    check("with the prefix cache: the same logits, bit for bit", same)
-    check("tokens cached = formula, never the last", all(row[2] == row[3] < row[1] for row in rows))
+        alike = max(len(os.path.commonprefix([prompt[:-1], other])) for other in [[], *prompts[:i]])
+        rows.append([LETTERS[i], len(prompt), n_cached, alike // size * size])
+    table(["prompt (F is A again)", "tokens", "in the cache", "full blocks seen before"], *rows)
+    print(f"  hit rate, prefill saved: {1 - COUNT['run'] / sum(map(len, prompts)):.0%} of tokens")
+    check("with the prefix cache: the same logits, bit for bit", not any(errors))
+    check("cached: the full blocks seen before, never all", all(r[2] == r[3] < r[1] for r in rows))
     return rows
 
 # 7. Continuous batching ---------------------------------------------------------------------------
 # A pass reads all weights, for one request or for many: a batch is nearly free. A static batch ends
-# with its longest member; scheduled at every step (Orca), a request comes in when its prompt fits.
-# When blocks run out the youngest is preempted: its blocks are freed, it heads the queue. The
-# oldest never gives way, and alone it has the whole pool: somebody always finishes.
+# with its longest member; scheduled at every step (Orca), a request comes in when its prompt fits,
+# runs it in one pass (prefill) and then a token a step (decode). If blocks run out, the youngest is
+# preempted: it frees its blocks and heads the queue. The oldest never gives way: somebody finishes.
+class Request:
+    """A prompt to continue by n_tokens tokens; the server does not look ahead to where it stops."""
+    def __init__(self, prompt, n_tokens, arrival=0, seed=0):
+        self.prompt, self.n_tokens, self.arrival = list(prompt), n_tokens, arrival
+        self.rng, self.tokens, self.logits = random.Random(seed), list(prompt), []
+        self.n_cached, self.history = 0, ""              # history: a character for each step
+    def take(self, logits):              # draws the next token, at temperature 0.6 -> the last?
+        self.tokens += self.rng.choices(range(len(logits)), softmax([x / 0.6 for x in logits]))
+        self.logits.append(logits)
+        return len(self.logits) == self.n_tokens
+
 class Engine:
     """Serves requests in the order of arrival, one pass a step. In vLLM: v1/core/sched."""
     def __init__(self, model, pool, max_batch=8, static=False):
         self.model, self.pool, self.max_batch, self.static = model, pool, max_batch, static
         self.waiting, self.running, self.finished, self.clock = [], [], [], 0
+
     def submit(self, prompt, n_tokens, arrival=0, seed=0):
         """Queue a request that comes at step `arrival` -> Request; ValueError if it never fits."""
-        r = Request(prompt, n_tokens, max(arrival, self.clock), seed)
-        n, room = len(r.prompt) + n_tokens - 1, self.pool.n_blocks * self.pool.block_size
-        if min(len(r.prompt), n_tokens, self.max_batch) < 1 or n > min(self.model.context, room):
-            raise ValueError(f"a prompt of {len(r.prompt)} and {n_tokens} more tokens; the context "
-                             f"is {self.model.context}, the pool {room}, a batch {self.max_batch}")
-        self.waiting = sorted(self.waiting + [r], key=lambda r: r.arrival)
-        return r
-    def admit(self, r): r.block_table, r.n_cached = self.pool.allocate(r.tokens)
-    def schedule(self):
-        """Room for a token of everyone running, oldest first; then the queue -> who came in."""
-        i, admitted = 0, []
-        while i < len(self.running):
-            try: self.pool.append(self.running[i].block_table, self.running[i].tokens[-1:])
-            except OutOfBlocks:
-                self.waiting.insert(0, self.running.pop())           # the youngest
-                self.pool.free(self.waiting[0].block_table)
-            else: i += 1
-        if self.running and self.static: return admitted
-        while self.waiting and self.waiting[0].arrival <= self.clock and i < self.max_batch:
-            try: self.admit(self.waiting[0])
+        n, room = len(prompt), min(self.model.context, self.pool.n_blocks * self.pool.block_size)
+        if min(n, n_tokens, self.max_batch) < 1 or n + n_tokens - 1 > room:  # the last is not run
+            raise ValueError(f"{n} + {n_tokens} tokens; room for {room}, batch of {self.max_batch}")
+        request = Request(prompt, n_tokens, max(arrival, self.clock), seed)
+        self.waiting = sorted(self.waiting + [request], key=lambda waiting: waiting.arrival)
+        return request
+
+    def make_room(self):
+        """A slot for the last token of everyone running, the oldest first."""
+        for request in list(self.running):
+            while request in self.running:
+                try: self.pool.append(request.block_table, request.tokens[-1:])
+                except OutOfBlocks:
+                    self.waiting.insert(0, self.running.pop())       # the youngest
+                    self.pool.free(self.waiting[0].block_table)
+                else: break
+
+    def admit(self):
+        """Let in those who wait, in their order, while batch and pool have room -> who came in."""
+        n = len(self.running)
+        if self.static and self.running: return []
+        while self.waiting and len(self.running) < self.max_batch:
+            if self.waiting[0].arrival > self.clock: break
+            try: self.place(self.waiting[0])
             except OutOfBlocks: break
-            admitted.append(self.waiting.pop(0))
-            i += 1
-        self.running += admitted
-        return admitted
+            self.running.append(self.waiting.pop(0))
+        return self.running[n:]
+    def place(self, r): r.block_table, r.n_cached = self.pool.allocate(r.tokens)
+
     def step(self):
         """Schedule, run one pass, draw a token for everyone in it -> the requests that are done."""
-        admitted = self.schedule()
+        self.make_room()
+        admitted = self.admit()
+        for r in self.running: r.history += "▒" if r in admitted else "█"
         for r in self.waiting:
-            if r.arrival <= self.clock: r.history += "x" if "▒" in r.history else "·"
+            if r.arrival <= self.clock: r.history += "x" if r.logits else "·"
         batch = [(r.block_table, r.n_cached) for r in self.running]
-        logits = run_batch(self.model, self.pool, batch) if batch else []
-        for r in self.running:
-            r.history, r.n_cached = r.history + "█▒"[r in admitted], len(r.tokens)
+        logits = run_batch(self.model, self.pool, batch)
+        for r in self.running: r.n_cached = len(r.tokens)
         done = [r for r, row in zip(self.running, logits) if r.take(row)]
         for r in done: self.pool.free(r.block_table)
         self.running = [r for r in self.running if r not in done]
         self.finished, self.clock = self.finished + done, self.clock + 1
         return done
+
     def run(self):
         while self.waiting or self.running: self.step()
         return self.finished             # in the order in which they were done
 
-def show_batching(model, vocabulary, trace, expected, block_size=4):
-    least = max(ceil((len(prompt) + n - 1) / block_size) for prompt, n, *_ in trace)
-    n, tokens, results, same = len(trace), sum(n for _, n, *_ in trace), {}, True
-    kinds = {"one at a time": (2, True, 1), "static batches": (2, True, 8, True),
-             "no prefix cache": (2, False), "smallest pool": (1, True), "continuous": (2, True)}
-    for name, (size, caching, *options) in kinds.items():
+def serve(engine, trace):                # -> the finished requests, in the order of the trace
+    requests = [engine.submit(*request) for request in trace]
+    engine.run()
+    return requests
+
+def show_batching(vocabulary, model, trace, expected, block_size=4):
+    n_blocks = 2 * max(ceil((len(prompt) + n - 1) / block_size) for prompt, n, *_ in trace)
+    rows, same, n = [], True, len(trace)
+    for name, options in (("one at a time", {"max_batch": 1}), ("static batches", {"static": True}),
+                          ("continuous", {})):
         COUNT.clear()
-        engine = Engine(model, BlockPool(size * least, block_size, caching), *options)
-        requests = [engine.submit(*request) for request in trace]
-        engine.run()
-        same = same and engine.pool.n_free == size * least and all(
+        engine = Engine(model, BlockPool(n_blocks, block_size), **options)
+        requests = serve(engine, trace)
+        same = same and engine.pool.n_free == n_blocks and all(
             (r.tokens, r.logits) == (e.tokens, e.logits) for r, e in zip(requests, expected))
-        waits, firsts = zip(*sorted((len(r.history), r.history.index("▒") + 1) for r in requests))
-        results[name] = {
-            "steps": engine.clock, "tokens run": COUNT["run"],
-            "batch": round(tokens / COUNT["passes"], 1), "first token": round(sum(firsts) / n, 1),
-            "last": round(sum(waits) / n, 1), "p95 of last": waits[ceil(0.95 * n) - 1],
-            "preempted": sum(r.history.count("▒") - 1 for r in requests)}
-    table(["means, times in steps", *results[name]],
-          *([name, *figures.values()] for name, figures in results.items()))
-    print("\n  continuous:   · waiting   ▒ prefill   █ decode   x preempted")
+        firsts = [r.history.index("▒") + 1 for r in requests]
+        lasts = sorted(len(r.history) for r in requests)
+        means = sum(r.n_tokens for r in requests) / engine.clock, sum(firsts) / n, sum(lasts) / n
+        rows.append([name, engine.clock, COUNT["run"], *(f"{x:.1f}" for x in means),
+                     lasts[ceil(0.95 * n) - 1], sum(r.history.count("▒") - 1 for r in requests)])
+    print(f"  {n_blocks} blocks; steps from arrival to first and last token: means, p95 of last")
+    table(["", "steps", "tokens run", "mean batch", "first", "last", "p95", "preempted"], *rows)
+    print("\n  continuous, one column a step:   · waiting   ▒ prefill   █ decode   x preempted")
     for letter, r in zip(LETTERS, requests):
         text = "".join(vocabulary[token] for token in r.tokens[len(r.prompt):])
         print(f"  {letter} {' ' * r.arrival}{r.history} {text}"[:100])
     check("any scheduler: the same tokens and logits, bit for bit, and no block lost", same)
-    return results
+    return rows
 
 # 8. The bugs people ship --------------------------------------------------------------------------
-class NothingToRun(BlockPool): n_to_run = 0              # all of a prompt may come from the cache
+# None of these need crash: the keys of another text are numbers too. So each subclass serves the
+# same scene as the correct server, and every text is compared with the same text run alone.
+class NothingToRun(BlockPool):           # all of a prompt may come from the cache
+    n_to_run = 0
 class HashAlone(BlockPool):              # a block is hashed without what comes before it
-    def digest(self, parent, tokens): return super().digest(None, tokens)
-class NeverCopies(BlockPool): must_copy = lambda *_: False         # forks write where they share
+    def digest(self, parent, block): return super().digest(None, block)
+class NeverCopies(BlockPool):            # forks write where they share
+    copy_on_write = False
 class FreesTwice(BlockPool):             # two parts of a server free the same table, unnoticed
     def verify(self, block_table): pass
-    def free(self, block_table): super().free(block_table), super().free(block_table)
+    def free(self, block_table):
+        for _ in range(2): super().free(block_table)
 class StaleCount(Engine):                # a preempted request keeps its count of cached tokens
-    def admit(self, r): r.block_table, _ = self.pool.allocate(r.tokens)
+    def place(self, r): r.block_table, _ = self.pool.allocate(r.tokens)
 
 def show_bugs(model, a):
     b = [(token + 1) % len(model.weights["token"]) for token in a]       # differs everywhere
-    def serve(engine, *requests):
-        for request in requests: engine.submit(*request)
-        return [(r.tokens[:-1], r.logits) for r in engine.run()]
-    def apart(_, logits): return [(i, i) for i in range(len(logits))]
-    scenes = {
-        "the cache leaves no token to run": (NothingToRun, lambda kind: serve(
-            Engine(model, kind(20, 4)), (a[:8], 2), (b[:9], 2), (a[:8], 2))),
-        "blocks hashed without their prefix": (HashAlone, lambda kind: serve(
-            Engine(model, kind(20, 4)), (a[:8] + b[:8], 9), (b[:8] + a[:8], 9))),
-        "no copy-on-write": (NeverCopies, lambda kind: branch(
-            model, kind(9, 8), a[:2], 6, apart, 3)[0]),
-        "a table freed twice": (FreesTwice, lambda kind: serve(
-            Engine(model, kind(6, 4), 2), (a[:9], 1), (a[:8] + b[:1], 8), (b[:9], 4))),
-        "a stale count after preemption": (StaleCount, lambda kind: serve(
-            kind(model, BlockPool(5, 4)), (a[:8], 9), (b[:8], 9)))}
-    symptoms = {bug: [max(error(model, *text) for text in scene(kind))
-                      for kind in (bad.__base__, bad)] for bug, (bad, scene) in scenes.items()}
-    table(["largest error of a logit", "correct", "with the bug"],
-          *([bug, *(f"{x:.3f}" for x in errors)] for bug, errors in symptoms.items()))
-    check("each bug changes what the model predicts, and without it nothing does",
-          all(correct == 0.0 < wrong for correct, wrong in symptoms.values()))
-    return symptoms
+    def scene(pool_class=BlockPool, engine_class=Engine):            # -> [(tokens, logits)]
+        requests = serve(engine_class(model, pool_class(6, 4)), [
+            (a[:9], 1),                  # leaves at once, and frees blocks that the next one shares
+            (a[:8], 9),                  # its prompt is in the cache as a whole
+            (b[:9], 9),                  # will be preempted
+            (b[:8] + a[:8], 4)])         # two halves that were there before, but not as neighbours
+        beams = branch(model, pool_class(9, 8), a[:2], 6, likeliest)
+        return beams + [(r.tokens[:-1], r.logits) for r in requests]
+    texts = {"none": scene(), "no token left to run": scene(NothingToRun),
+             "a block hashed alone": scene(HashAlone), "no copy-on-write": scene(NeverCopies),
+             "a table freed twice": scene(FreesTwice), "stale count": scene(BlockPool, StaleCount)}
+    errors = {bug: max(error(model, *text) for text in texts[bug]) for bug in texts}
+    print("  the largest error of any logit, against the same text run alone in one piece")
+    table(["bug", "error"], *([bug, f"{x:.3f}"] for bug, x in errors.items()))
+    check("each bug changes the logits", [bug for bug in errors if not errors[bug]] == ["none"])
+    return errors
 
 # 9. The real world --------------------------------------------------------------------------------
 # Llama-3-8B's public config file: layers, key/value heads, head_dim, weights, context. 16 bits.
 N_LAYERS, N_KV_HEADS, HEAD_DIM, N_WEIGHTS, CONTEXT = 32, 8, 128, 8.03e9, 8192
 MEMORY = {"RTX 4090": 24e9, "A100 80GB": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9}  # bytes
-
-def show_real_world(block_size=16, mean=1000, system=2048):
-    token, rows = 2 * 2 * N_LAYERS * N_KV_HEADS * HEAD_DIM, []       # a key and a value of 2 bytes
+def show_real_world(block_size=16, mean=1000, users=1000, system=2048):
+    token, rows = 2 * N_LAYERS * N_KV_HEADS * HEAD_DIM * 2, []       # key and value, 2 bytes each
     for device, memory in MEMORY.items():
         n = int((memory - 2 * N_WEIGHTS) // (block_size * token))
         rows.append([device, n, n * block_size // CONTEXT, n // ceil(mean / block_size)])
-    table(["Llama-3-8B on", f"blocks of {block_size}", f"users, {CONTEXT:,} tokens reserved",
-           f"users, {mean:,} tokens in blocks"], *rows)
-    print(f"\n  a request wastes at most {(block_size - 1) * token / 2 ** 20:.2f} MiB; tables add "
-          f"{4 / (block_size * token):.1e} (4 bytes a block)\n  {system:,} tokens for {mean:,} "
-          f"users: {mean * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB")
+    table(["Llama-3-8B on", "blocks", f"users, {CONTEXT} reserved", f"users, {mean} used"], *rows)
+    print(f"\n  blocks of {block_size} waste at most {(block_size - 1) * token / 2 ** 20:.2f} MiB "
+          f"a request; tables add {4 / block_size / token:.1e}\n  {system:,} tokens for {users:,} "
+          f"users: {users * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB")
     return {"rows": rows, "token": token}
 
 # Report -------------------------------------------------------------------------------------------
@@ -734,18 +734,18 @@ def run(main, **readers):
 
 def main(seed=42, names=None):
     """Run all sections -> the measurements. names: a list to learn instead of the built-in one."""
-    started, rng, results = begin(), random.Random(seed), {}
+    started, rng = begin(), random.Random(seed)
     vocabulary, names, _ = tokenize(names or NAMES.split(), rng)
-    section("1. Autograd", show_autograd, GPT(len(vocabulary), rng), names[0])
+    section("1. Autograd", show_autograd, len(vocabulary), names[0])
     model, trace = section("2. Data and model", show_model, vocabulary, names, rng)
     section("3. Contiguous memory", show_contiguous)
-    requests, results["memory"] = section("4. Paging", show_paging, model, trace, rng)
-    results["branches"] = section("5. Sharing", show_sharing, model, trace[0][0][:19], rng)
-    results["prompts"] = section("6. Prefix caching", show_prefix_caching, model, requests)
-    results["schedulers"] = section("7. Continuous batching", show_batching, model, vocabulary,
-                                    trace, requests)
-    results["symptoms"] = section("8. The bugs people ship", show_bugs, model, trace[0][0])
-    results["real_world"] = section("9. The real world", show_real_world)
-    return finish(started, **results)
+    served = section("4. Paging", show_paging, model, trace)
+    prompts = [r.prompt for r in served]
+    return finish(started, memory=show_waste(rng),
+        branches=section("5. Sharing", show_sharing, model, prompts[0][:19], rng),
+        prompts=section("6. Prefix caching", show_prefix_caching, model, prompts[:5] + prompts[:1]),
+        batching=section("7. Continuous batching", show_batching, vocabulary, model, trace, served),
+        symptoms=section("8. The bugs people ship", show_bugs, model, prompts[0]),
+        real_world=section("9. The real world", show_real_world))
 
 if __name__ == "__main__": run(main, names=read_names)

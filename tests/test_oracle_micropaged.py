@@ -29,7 +29,7 @@ def test_logits_through_a_shuffled_pool(seed):
     expected = torch_gpt.forward(torch_gpt.tensors(model), tokens, model.n_layers, model.n_heads)
     frozen, size = model.frozen(), rng.choice([1, 2, 3, 4, 16])
     pool = paged.BlockPool(60, size)
-    pool.free_blocks = type(pool.free_blocks).fromkeys(rng.sample(range(60), 60))
+    pool.free_blocks = rng.sample(range(60), 60)
     n = rng.randint(1, len(tokens))
     table, _ = pool.allocate(tokens[:n])
     logits = paged.run_batch(frozen, pool, [(table, 0)])
@@ -49,7 +49,7 @@ def test_attention_over_a_block_table(seed):
     n_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 8])
     size, n = rng.choice([1, 2, 3, 4, 16]), rng.choice([1, 2, 3, 7, 16, 17])
     pool = paged.BlockPool(40, size)
-    pool.free_blocks = type(pool.free_blocks).fromkeys(rng.sample(range(40), 40))
+    pool.free_blocks = rng.sample(range(40), 40)
     table, _ = pool.allocate([0] * n)
     keys, values = torch.zeros(40, size, n_heads * head_dim).double(), torch.zeros(
         40, size, n_heads * head_dim).double()
