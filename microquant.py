@@ -8,7 +8,7 @@ the speed. The art is to keep one large number from setting the scale of all the
   Frantar et al. 2022 (2210.17323) GPTQ                Xiao et al. 2022 (2211.10438) SmoothQuant
   python microquant.py [--seed N] [--names FILE]       needs only Python, takes a few seconds
 
-  1. Autograd              rounding has no slope, so we round after training
+  1. Autograd              derivatives of everything, in fifty lines
   2. Data and model        a tiny GPT learns to write names
   3. One number, one row   scale, zero-point, error; 6 dB for every bit
   4. Granularity           how many weights share a scale: loss against bytes
@@ -23,7 +23,7 @@ import argparse, codecs, gc, os, random, struct, sys, time
 from collections import Counter, defaultdict
 from copy import copy
 from itertools import product
-from math import ceil, copysign, exp, floor, inf, log, log10, sqrt
+from math import ceil, copysign, exp, floor, log, log2, log10, sqrt
 from operator import mul
 from pathlib import Path
 
@@ -128,16 +128,17 @@ def train(parameters, loss_at, steps, rate):
 # <<< shared: autograd
 
 def show_autograd(h=1e-5):
-    """A derivative by backward() beside differences, without and with rounding."""
-    weight, loss = Value(0.3), lambda w: cross_entropy([w, w * -2.0, w * w], 0)
+    """A derivative by backward() beside the slope between two evaluations of the function."""
+    def loss(w): return cross_entropy([w, w * -2.0, w * w], 0)
+    weight, slope = Value(0.3), (loss(0.3 + h) - loss(0.3 - h)) / (2.0 * h)
     loss(weight).backward()
-    exact, rounded = ((loss(to(0.3 + h)) - loss(to(0.3 - h))) / (2.0 * h) for to in (float, round))
-    print(f"  d loss / d weight: {weight.grad:+.9f} by backward(), {exact:+.9f} by differences,\n"
-          f"  {rounded:.1f} if the weight is rounded: a step this small changes nothing")
-    check("backward() gives the slope", abs(weight.grad - exact) < 1e-8)
+    print(f"  d loss / d weight: {weight.grad:+.9f} by backward(), {slope:+.9f} by differences")
+    check("backward() gives the slope", abs(weight.grad - slope) < 1e-8)
 
 # 2. Data and model --------------------------------------------------------------------------------
-# microkv.py explains this model: two look-up tables, token and position, and seven linear layers.
+# microkv.py explains this model: two look-up tables, `token` and `position`, and seven matrices
+# that linear() multiplies by. Rounding has no slope, so we train in floats and round afterwards, in
+# many ways. The loss on names that the model has not seen tells what each way costs.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
@@ -268,27 +269,24 @@ def show_model(vocabulary, names, held_out, rng, n_steps=200):
     return model, loss
 
 # 3. One number, one row ---------------------------------------------------------------------------
-# b bits name 2^b points, `scale` apart; the number of the nearest one is the code. Symmetric: the
-# largest magnitude sets the scale, one code is unused. Asymmetric: from the smallest value to the
-# largest; zero_point is the code of 0, always in range: padding and what relu cuts off stay exact.
-def to_codes(values, scale, zero_point, bits, symmetric):
-    """Nearest codes, ties to even, clipped: 8 bits to -127 ... 127, or from -128 if asymmetric."""
-    high = (1 << bits - 1) - 1
-    low = -high - (not symmetric)
-    return [min(max(round(value / scale) + zero_point, low), high) for value in values]
-
+# b bits name 2^b points, `scale` apart; the code of a weight is the number of the nearest point.
+# Symmetric: the largest magnitude sets the scale, and one code stays unused. Asymmetric: from the
+# smallest value to the largest; zero_point is the code of 0, which never lies outside: padding and
+# what relu cuts off stay exact. An error spread evenly over a step has the mean square scale²/12;
+# a bit more halves the step and quarters that: 10 log10(4) = 6.02 decibels of signal-to-noise.
 def quantize(values, bits, symmetric=True):
     """values [n] -> (codes [n], signed integers of `bits` bits; scale; zero_point, 0 if symmetric).
-    No value is off by more than scale / 2, a normal float; 0 is exact. Jacob et al. 2017, part 2.
+    No value is off by more than scale / 2, a normal float; 0 is exact. Jacob et al. 2017, sec. 2.
     ValueError for no values, NaN, magnitudes from 1e300 on, and bits other than 2 to 16."""
-    bad = [value for value in values if not abs(value) < 1e300]
-    if bad or not values or not 2 <= bits <= 16:
-        raise ValueError(f"{len(values)} values in {bits} bits, without a code: {bad[:3]}")
-    low, high, steps = min(*values, 0.0), max(*values, 0.0), (1 << bits) - 1
-    if symmetric: low, high, steps = 0.0, max(-low, high), steps >> 1
-    scale = max(high / steps - low / steps, sys.float_info.min)
-    zero_point = 0 if symmetric else -(1 << bits - 1) - round(low / scale)
-    return to_codes(values, scale, zero_point, bits, symmetric), scale, zero_point
+    if not values or not all(abs(value) < 1e300 for value in values) or not 2 <= bits <= 16:
+        raise ValueError(f"{len(values)} values, {values[:3]} ..., have no codes of {bits} bits")
+    low, high, top = min(*values, 0.0), max(*values, 0.0), 2 ** (bits - 1) - 1
+    if symmetric: scale = max(-low, high) / top
+    else: scale = (high - low) / (2 * top + 1)
+    scale = max(scale, sys.float_info.min)                   # a row of zeros has one, too
+    zero_point = 0 if symmetric else -top - 1 - round(low / scale)
+    codes = [round(value / scale) + zero_point for value in values]
+    return [min(code, top) for code in codes], scale, zero_point     # both ends may be ties
 
 def dequantize(codes, scale, zero_point):
     """The values that the codes stand for: scale x (code - zero_point)."""
@@ -300,118 +298,111 @@ def dequantize_rows(rows): return [dequantize(*row) for row in rows]
 def decimals(values, digits=4): return [f"{value:.{digits}f}" for value in values]
 
 def difference(rows, others):
-    """|rows - others| / |rows|, of two matrices."""
-    pairs = [(a, b) for row, other in zip(rows, others) for a, b in zip(row, other)]
-    return sqrt(sum((a - b) ** 2 for a, b in pairs) / sum(a * a for a, _ in pairs))
+    """The relative error of a matrix: |rows - others| / |rows|."""
+    exact, found = sum(rows, []), sum(others, [])
+    return sqrt(sum((a - b) ** 2 for a, b in zip(exact, found)) / sumprod(exact, exact))
 
-def show_row(row, rng, n=2000):
-    """A row in 4 bits; signal-to-noise per bit; errors -> {(bits, symmetric): decibels}."""
-    rows, found, errors = [["weight", *decimals(row, 3)]], {}, {}
-    for codes, scale, zero_point in quantize(row, 4), quantize(row, 4, symmetric=False):
-        rows += [[f"code (scale {scale:.3f}, zero-point {zero_point})", *map(str, codes)],
-                 ["stands for", *decimals(dequantize(codes, scale, zero_point), 3)]]
+def show_codes(row):
+    rows = [["weight of `up`", *decimals(row, 3)]]
+    for symmetric in (True, False):
+        codes, scale, zero_point = quantize(row, 4, symmetric)
+        rows.append([f"code (scale {scale:.3f}, zero-point {zero_point})", *codes])
+        rows.append(["stands for", *decimals(dequantize(codes, scale, zero_point), 3)])
     table(*rows)
-    values = [rng.gauss(0.0, 1.0) for _ in range(n)]
-    for key in product(range(2, 9), (False, True)):
-        quantized = quantize(values, *key)
-        stored = dequantize(*quantized)
-        errors[key] = [(a - b) / quantized[1] for a, b in zip(values, stored)]
-        found[key] = -20.0 * log10(difference([values], [stored]))
-    # An error spread evenly over a step has the power scale²/12. A bit more halves the step and
-    # quarters that power: 10 log10(4) = 6.02 dB. The fewer the steps, the less even the spread.
+
+def show_noise(rng, n=2000):
+    """Round Gaussian numbers -> {bits: signal-to-noise in decibels}."""
+    values, found, errors = [rng.gauss(0.0, 1.0) for _ in range(n)], {}, {}
+    for bits in range(2, 9):
+        codes, scale, _ = quantize(values, bits)
+        stored = dequantize(codes, scale, 0)
+        found[bits] = -20.0 * log10(difference([values], [stored]))
+        errors[bits] = [(a - b) / scale for a, b in zip(values, stored)]
     print(f"\n  signal-to-noise of {n:,} Gaussian numbers in dB; theory: {10 * log10(4):.2f} a bit")
-    table(["bits", "asymmetric", "symmetric", "gain of this bit"],
-          *([str(bits), *decimals([found[bits, False], found[bits, True],
-            found[bits, True] - found[bits - 1, True]], 2)] for bits in range(3, 9)))
-    print("\n  their errors in 4 bits, symmetric, in steps (1 step = the scale)")
-    histogram = Counter(floor(8.0 * e) for e in errors[4, True])
-    bars([(f"{i / 8:+.3f} to {(i + 1) / 8:+.3f}", histogram[i]) for i in range(-4, 4)])
+    table(["bits", *found], ["signal-to-noise", *decimals(found.values(), 2)],
+          ["gain of this bit", "", *decimals([found[i] - found[i - 1] for i in range(3, 9)], 2)])
+    print("\n  how many have which error in 4 bits, in steps (1 step = the scale)")
+    histogram = Counter(floor(4.0 * error) for error in errors[4])
+    bars([(f"{i / 4:+.2f} to {(i + 1) / 4:+.2f}", histogram[i]) for i in range(-2, 2)])
     check("no error exceeds half a step", max(map(abs, sum(errors.values(), []))) <= 0.5 + 1e-9)
     return found
 
 # 4. Granularity -----------------------------------------------------------------------------------
 # The largest of the weights that share a scale decides how coarse it is for all: the fewer, the
-# finer. But a scale is 2 bytes (fp16) and a zero-point 1, so in groups of n a weight costs b + 16/n
-# bits, or b + 24/n. A channel is a row of the matrix; a group is half a row, here 32 weights or 8.
-SHARE = {"tensor": lambda m, n: m * n, "channel": lambda m, n: n, "group": lambda m, n: n // 2}
+# finer. But a scale takes 2 bytes (fp16) and a zero-point 1: in groups of n a weight costs b + 16/n
+# bits, or b + 24/n. A tensor is a matrix here; a channel, one row of it, makes one output; a group
+# is half a row, 32 weights or 8. Stored codes are two's complement: in 4 bits, 15 is -1.
+def signed(number, bits): return (number + 2 ** (bits - 1)) % 2 ** bits - 2 ** (bits - 1)
+def chunks(values, size): return [values[i:i + size] for i in range(0, len(values), size)]
+def fp32(x): return struct.unpack("<f", struct.pack("<f", x))[0]
 
 def pack(codes, bits):
     """Signed codes -> bytes, 2, 3, 4 or 8 bits each, the first lowest; ValueError if too wide."""
-    if bits not in (2, 3, 4, 8): raise ValueError(f"{bits} bits: only 2, 3, 4 and 8 are packed")
-    half, stream = 1 << bits - 1, 0
-    for i, code in enumerate(codes):
-        if not -half <= code < half: raise ValueError(f"code {code} does not fit into {bits} bits")
-        stream |= (code & 2 * half - 1) << bits * i
+    if bits not in (2, 3, 4, 8) or any(signed(code, bits) != code for code in codes):
+        raise ValueError(f"{bits} bits are not 2, 3, 4 or 8, or too few for {codes[:9]}")
+    stream = sum((code % 2 ** bits) << (bits * i) for i, code in enumerate(codes))
     return stream.to_bytes(ceil(bits * len(codes) / 8), "little")
+
 def unpack(data, bits, n):
     """The n codes behind pack(); ValueError if the data is not as long as n codes are."""
     if bits not in (2, 3, 4, 8) or len(data) != ceil(bits * n / 8):
         raise ValueError(f"{len(data)} bytes for {n} codes of {bits} bits")
-    half, stream = 1 << bits - 1, int.from_bytes(data, "little")
-    return [(stream >> bits * i & 2 * half - 1 ^ half) - half for i in range(n)]  # extends the sign
-def stored_bytes(n_weights, size, bits, symmetric=True):
-    """Formula: every `size` weights share an fp16 scale and, if asymmetric, a zero-point."""
-    return n_weights / size * (ceil(bits * size / 8) + 3 - symmetric)
+    stream = int.from_bytes(data, "little")
+    return [signed(stream >> (bits * i), bits) for i in range(n)]
 
-def compress(model, bits, symmetric=True, granularity="channel", unpack=unpack):
+def compress(model, bits, symmetric=True, granularity="channel"):
     """All matrices to bytes and back -> (bytes, by formula, the model that they decode to)."""
-    header, n_bytes, formula, matrices = struct.Struct("<e" if symmetric else "<eb"), 0, 0, {}
+    n_bytes, formula, matrices = 0, 0, {}
     for name, matrix in model.weights.items():
-        weights, n, stored = sum(matrix, []), len(matrix[0]), []
-        size = SHARE[granularity](len(matrix), n)
-        for start in range(0, len(weights), size):
-            codes, *numbers = quantize(weights[start:start + size], bits, symmetric)
-            data = header.pack(*numbers[:2 - symmetric]) + pack(codes, bits)
-            scale, *zero_point = header.unpack_from(data)
-            stored += dequantize(unpack(data[header.size:], bits, size), scale, *zero_point or [0])
+        weights, n, decoded = sum(matrix, []), len(matrix[0]), []
+        size = {"tensor": len(weights), "channel": n, "group": n // 2}[granularity]
+        for group in chunks(weights, size):
+            codes, scale, zero_point = quantize(group, bits, symmetric)
+            if not symmetric: codes.append(zero_point)       # a code, too; begins a new byte
+            data = struct.pack("<e", scale) + pack(codes, bits)
+            scale, codes = struct.unpack("<e", data[:2])[0], unpack(data[2:], bits, len(codes))
+            if not symmetric: zero_point = codes.pop()
+            decoded += dequantize(codes, scale, zero_point)
             n_bytes += len(data)
-        formula += stored_bytes(len(weights), size, bits, symmetric)
-        matrices[name] = [stored[start:start + n] for start in range(0, len(stored), n)]
+        formula += len(weights) * bits / 8 + len(weights) / size * (2 if symmetric else 3)
+        matrices[name] = chunks(decoded, n)
     return n_bytes, formula, with_weights(model, matrices)
 
 def show_granularity(model, held_out, loss):
-    """Every format and granularity -> {(bits, symmetric, granularity): (loss, bytes)}."""
-    n, found, rows = len(model.parameters()), {}, {}
-    exact, curves = [], {kind: [] for kind in SHARE}
-    for bits, kind, symmetric in product((8, 4, 3, 2), SHARE, (True, False)):
-        size, formula, small = compress(model, bits, symmetric, kind)
+    """Every format and granularity -> {(bits, kind, granularity): (loss, bytes)}."""
+    n, found, rows, exact = len(model.parameters()), {}, [], True
+    curves = {"tensor": [], "channel": [], "group": []}
+    for bits, kind, granularity in product((8, 4, 3, 2), ("symmetric", "asymmetric"), curves):
+        size, formula, small = compress(model, bits, kind == "symmetric", granularity)
+        after = small.loss(held_out)
         errors = [abs(a - b) for a, b in zip(model.parameters(), small.parameters())]
-        found[bits, symmetric, kind] = after, _ = small.loss(held_out), size
-        exact.append(size == formula)
-        curves[kind].append((size, after))
-        rows.setdefault(f"INT{bits}, {kind}", []).extend([f"{after - loss:+.4f}", *decimals(
-            [max(errors), sum(errors) / n]), size, f"{8 * size / n:.2f}"])
-    print("  left symmetric, right asymmetric: loss added; worst, mean error, bits of a weight")
-    table(["a scale per", *["loss", "worst", "mean", "bytes", "bits"] * 2],
-          *([name, *row] for name, row in rows.items()))
+        rows.append([f"INT{bits}, {kind}, {granularity}", f"{after:.4f}", f"{after - loss:+.4f}",
+                     *decimals([max(errors), sum(errors) / n]), size, f"{8 * size / n:.2f}"])
+        found[bits, kind, granularity] = after, size
+        curves[granularity].append((size, after))
+        exact = exact and size == formula
+    table(["a scale per", "loss", "added", "worst error", "mean", "bytes", "bits a weight"], *rows)
     print()
-    plot("loss over bytes (log)", curves | {"FP32": [(4 * n, loss)]}, log_x=True, height=10)
-    check("bytes stored = bytes by formula, in every format", all(exact), f"{len(exact)} formats")
+    plot("loss over bytes (log)", curves | {"FP32": [(4 * n, loss)]}, log_x=True, height=7)
+    check("bytes stored = bytes by formula, in every format", exact, f"{len(found)} formats")
     return found
 
 # 5. Real formats ----------------------------------------------------------------------------------
 # llama.cpp's blocks: 32 weights behind one fp16 scale. Q8_0 is symmetric INT8. Q4_0 gives the value
 # of largest magnitude the code -8, by a scale with a sign: all 16 codes serve, the other end is
 # clipped. Rounding to float32 after every operation, as there, is what makes the bytes the same.
-def fp32(x): return struct.unpack("<f", struct.pack("<f", x))[0]
 def encode_blocks(row, scale_of, pack_block):
     """Per 32 values the scale, scale_of(block), and the codes: pack_block(block / scale)."""
     if not row or len(row) % 32: raise ValueError(f"{len(row)} values do not fill blocks of 32")
     data = b""
     try:
-        for start in range(0, len(row), 32):
-            block = [fp32(x) for x in row[start:start + 32]]
+        for values in chunks(row, 32):
+            block = [fp32(x) for x in values]
             scale = fp32(scale_of(block))
             inverse = fp32(1.0 / scale) if scale else 0.0
             data += struct.pack("<e", scale) + pack_block([fp32(x * inverse) for x in block])
-    except (OverflowError, ValueError) as error: raise ValueError(f"block at {start}: {error}")
+    except (OverflowError, ValueError) as error: raise ValueError(f"at byte {len(data)}: {error}")
     return data
-
-def decode_blocks(data, layout):
-    """-> [(scale, codes)]; ValueError if the data is not a number of whole blocks."""
-    size = struct.calcsize(layout)
-    if not data or len(data) % size: raise ValueError(f"{len(data)} bytes are no blocks of {size}")
-    return [(scale, codes) for scale, *codes in struct.iter_unpack(layout, data)]
 
 def encode_q8_0(row):
     """row [32 n], taken as float32 -> 34 n bytes: per block an fp16 scale and 32 int8 codes.
@@ -419,91 +410,94 @@ def encode_q8_0(row):
     1 / scale overflows: from 8.3e6 on, and 8.9e-44 to 3.7e-37. Below 3.7e-6 zeros come back."""
     def pack_block(xs): return struct.pack("<32b", *(int(x + copysign(0.5, x)) for x in xs))
     return encode_blocks(row, lambda block: max(map(abs, block)) / 127.0, pack_block)
-def decode_q8_0(data):
-    """34 n bytes -> 32 n floats."""
-    return [scale * code for scale, codes in decode_blocks(data, "<e32b") for code in codes]
 
 def encode_q4_0(row):
     """row [32 n], taken as float32 -> 18 n bytes: an fp16 scale, then in byte j the codes + 8 of
     weights j (low half) and j + 16. Errors as in Q8_0, with limits 16 times smaller."""
     def pack_block(xs):
         codes = [min(int(fp32(x + 8.5)), 15) for x in xs]
-        return bytes(low | high << 4 for low, high in zip(codes, codes[16:]))
+        return bytes(low + 16 * high for low, high in zip(codes, codes[16:]))
     return encode_blocks(row, lambda block: max(block, key=abs) / -8.0, pack_block)
+
+def decode_q8_0(data):
+    """34 n bytes -> 32 n floats; ValueError for other lengths."""
+    if not data or len(data) % 34: raise ValueError(f"{len(data)} bytes are no blocks of 34")
+    return [scale * code for scale, *codes in struct.iter_unpack("<e32b", data) for code in codes]
+
 def decode_q4_0(data):
-    """18 n bytes -> 32 n floats."""
-    return [scale * (code - 8) for scale, pairs in decode_blocks(data, "<e16B")
-            for code in [pair & 15 for pair in pairs] + [pair >> 4 for pair in pairs]]
+    """18 n bytes -> 32 n floats; ValueError for other lengths."""
+    if not data or len(data) % 18: raise ValueError(f"{len(data)} bytes are no blocks of 18")
+    def nibbles(pairs): return [pair % 16 for pair in pairs] + [pair // 16 for pair in pairs]
+    return [scale * (code - 8) for scale, *pairs in struct.iter_unpack("<e16B", data)
+            for code in nibbles(pairs)]
 
 def show_blocks(weights):
-    """The rows of 64 of `down` in both formats -> {format: bits per weight}."""
-    rows, found = [], {}
+    """A matrix in both formats -> {format: bits per weight}."""
+    found, rows = {}, []
     formats = {"Q8_0": (encode_q8_0, decode_q8_0), "Q4_0": (encode_q4_0, decode_q4_0)}
     for name, (encode, decode) in formats.items():
         data = encode(weights)
         found[name], error = 8 * len(data) / len(weights), difference([weights], [decode(data)])
         rows.append([name, data[:16].hex(" "), len(data), found[name], f"{error:.2%}"])
-    table(["`down`", "scale, first codes", "bytes", "bits per weight", "error"], *rows)
+    table(["`down` in", "scale, first codes", "bytes", "bits per weight", "error"], *rows)
     return found
 
 # 6. Integer arithmetic ----------------------------------------------------------------------------
-# W8A8 rounds the inputs too, here by one scale for all: Σ (s_x q_x)(s_w q_w) = s_x s_w Σ q_x q_w,
-# a sum of integers, scaled once. Weight-only, W4A16, turns codes into floats before it multiplies.
+# Weight-only, W4A16, saves memory: codes become floats before they meet inputs of 16 bits. W8A8
+# rounds the inputs too, by one scale for all, and multiplies codes: Σ (s_x q_x)(s_w q_w) =
+# s_x s_w Σ q_x q_w, a sum of integers, scaled once. We watch one layer, `up`. To learn what comes
+# into a layer, put another function under the name by which all layers multiply: linear().
 matmul = linear                          # under a name that is never replaced
-
-def loss_with(multiply, model, names):
-    """The loss with multiply(xs, weight) for linear(xs, weight), in the one forward pass."""
-    global linear
-    linear = multiply
-    try: return model.loss(names)
-    finally: linear = matmul
+def w4a16(xs, weight): return matmul(xs, dequantize_rows(quantize_rows(weight, 4)))
+def output_error(xs, weight, other): return difference(matmul(xs, weight), matmul(xs, other))
 
 def layer_inputs(model, names):
-    """Run the names -> {linear layer: all vectors that come in}."""
-    seen = defaultdict(list)
-    def watch(xs, weight): return seen[id(weight)].extend(xs) or matmul(xs, weight)
-    loss_with(watch, model, names)
-    return {name: seen[id(matrix)] for name, matrix in model.weights.items() if id(matrix) in seen}
+    """Run the names -> {name of a matrix: all vectors that it is multiplied by}."""
+    global linear
+    inputs, name_of = defaultdict(list), {id(m): name for name, m in model.weights.items()}
+    def linear(xs, weight):
+        inputs[name_of[id(weight)]] += xs
+        return matmul(xs, weight)
+    try: model.loss(names)
+    finally: linear = matmul
+    return inputs
 
-def wrap(total, bits):                   # what an accumulator of so many bits makes of a sum
-    wrapped = (total + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
-    COUNT[f"int{bits} overflows"] += wrapped != total
-    return wrapped
 def w8a8(xs, weight, accumulator=32):
-    """linear(xs, weight) by integer products. weight: rows of (codes, scale, 0), as in w4a16."""
-    _, scale, _ = quantize(sum(xs, []), 8)
-    sums = matmul([to_codes(x, scale, 0, 8, True) for x in xs], [codes for codes, *_ in weight])
-    COUNT["scalings"] += len(xs) * len(weight)
-    return [[wrap(total, accumulator) * (scale * w_scale)
-             for total, (_, w_scale, _) in zip(row, weight)] for row in sums]
-def w4a16(xs, weight): return matmul(xs, dequantize_rows(weight))
+    """linear(xs, weight) by integer products, summed up in so many bits, scaled at the end."""
+    codes, scale, _ = quantize(sum(xs, []), 8)
+    rows = quantize_rows(weight, 8)      # in production once, beforehand
+    sums = matmul(chunks(codes, len(xs[0])), [row_codes for row_codes, _, _ in rows])
+    COUNT["scalings"] += len(xs) * len(rows)
+    COUNT["overflows"] += sum(total != signed(total, accumulator) for total in sum(sums, []))
+    return [[signed(total, accumulator) * (scale * row_scale)
+             for total, (_, row_scale, _) in zip(totals, rows)] for totals in sums]
 
 def show_integers(up, xs):
     """Bytes, multiplications, errors of three ways -> {scheme: (products, scalings)}."""
-    m, n, k = len(up), len(xs), len(xs[0])
-    formula, found = {"W8A8": (n * m * k, n * m), "W4A16": (n * m * k, m * k)}, {}
-    exact, rows = matmul(xs, up), [["FP16", "", 2 * m * k, n * m * k, 0, "floats"]]
-    for name, multiply, bits, kind in ("W4A16", w4a16, 4, "floats"), ("W8A8", w8a8, 8, "integers"):
-        codes = quantize_rows(up, bits)
+    m, n, k, found, rows = len(up), len(xs), len(xs[0]), {}, []
+    for name, multiply, n_bytes in (("FP16: floats", matmul, 2 * m * k),
+                                    ("W4A16: floats", w4a16, m * k // 2 + 2 * m),
+                                    ("W8A8: integers", w8a8, m * k + 2 * m)):
         COUNT.clear()
-        error = difference(exact, multiply(xs, codes))
+        ys = multiply(xs, up)
         found[name] = COUNT["multiply-adds"], COUNT["scalings"]
-        rows.append([name, f"{error:.2%}", int(stored_bytes(m * k, k, bits)), *found[name], kind])
-    table([f"`up` x {n} inputs", "error", "weight bytes", "products", "scalings", "of"], *rows)
-    stored, scale, _ = quantize(sum(xs, []), 8)
-    rounded = [dequantize(stored[i:i + k], scale, 0) for i in range(0, n * k, k)]
-    apart = difference(w4a16(rounded, codes), w8a8(xs, codes))
-    check("W8A8 = product of the dequantized numbers, to rounding", apart < 1e-12)
-    check("products and scalings counted = formula", found == formula)
-    check("no sum overflows int32", not COUNT["int32 overflows"])
-    return found
-
+        rows.append([name, f"{difference(matmul(xs, up), ys):.2%}", n_bytes, *found[name]])
+    table([f"`up` x {n} inputs", "output error", "weight bytes", "products", "scalings"], *rows)
+    formula = [(n * m * k, 0), (n * m * k, m * k), (n * m * k, n * m)]
+    check("products and scalings counted = formula", list(found.values()) == formula)
+    check("no sum overflows int32", COUNT["overflows"] == 0)
+    rounded = chunks(dequantize(*quantize(sum(xs, []), 8)), k)
+    exact = matmul(rounded, dequantize_rows(quantize_rows(up, 8)))
+    check("W8A8 = product of the dequantized numbers, to rounding", difference(exact, ys) < 1e-12)
     return found
 
 # 7. Outliers --------------------------------------------------------------------------------------
-# Large transformers have input columns some 20 times as large as the others (Dettmers et al. 2022).
-# One is planted: an input of `up` scaled to 60, its weights divided by as much.
+# In large transformers a few input columns are up to 20 times as large as the others (Dettmers et
+# al. 2022): they set the scale, and the others drown in its error. Here one is planted: an input of
+# `up` is scaled to 60, its weights are divided by as much. Two ways out: multiply the large columns
+# apart, in floats (LLM.int8()), or move their size over to the weights (SmoothQuant).
 def scaled(matrix, factors): return [[x * f for x, f in zip(row, factors)] for row in matrix]
+def divided(matrix, factors): return scaled(matrix, [1.0 / f for f in factors])
 def largest(matrix): return [max(map(abs, column)) or 1.0 for column in zip(*matrix)]
 
 def outlier_split(xs, weight, multiply, threshold=6.0):
@@ -511,44 +505,46 @@ def outlier_split(xs, weight, multiply, threshold=6.0):
     small = [float(peak < threshold) for peak in largest(xs)]
     outliers = scaled(xs, [1.0 - keep for keep in small])    # production gathers these columns
     return list(map(add, multiply(scaled(xs, small), weight), matmul(outliers, weight)))
-def smoothing(xs, weight, alpha=0.5):
-    """SmoothQuant, equation 4: divide each input column by max|x|^alpha / max|w|^(1 - alpha), and
+
+def smoothing(xs, weight):
+    """SmoothQuant, equation 4 with alpha 1/2: divide each input column by √(max|x| / max|w|) and
     multiply its weights. By a power of two here, so that the full-precision product stays exact."""
-    return [2.0 ** round(log(x ** alpha / w ** (1.0 - alpha), 2.0))
-            for x, w in zip(largest(xs), largest(weight))]
+    return [2.0 ** round(log2(x / w) / 2.0) for x, w in zip(largest(xs), largest(weight))]
 
 def show_outliers(up, inputs, unseen, rng, magnitude=60.0):
     """Plant the outlier, run four schemes -> {scheme: output error}."""
     grow, column = [1.0] * len(inputs[0]), rng.randrange(len(inputs[0]))
     grow[column] = magnitude / largest(inputs)[column]
-    weight, planted = scaled(up, [1.0 / factor for factor in grow]), scaled(unseen, grow)
-    smooth = smoothing(scaled(inputs, grow), weight)
-    shrunk, migrated = scaled(planted, [1.0 / factor for factor in smooth]), scaled(weight, smooth)
-    def int8(xs, weight): return w8a8(xs, quantize_rows(weight, 8))
-    outputs = {"nothing planted": int8(unseen, up), "planted": int8(planted, weight),
-               "planted, LLM.int8()": outlier_split(planted, weight, int8),
-               "planted, SmoothQuant": int8(shrunk, migrated)}
-    found = {name: difference(matmul(planted, weight), ys) for name, ys in outputs.items()}
+    planted, weight = scaled(unseen, grow), divided(up, grow)
+    factors = smoothing(scaled(inputs, grow), weight)
+    smooth, migrated = divided(planted, factors), scaled(weight, factors)
+    outputs = {"nothing planted": w8a8(unseen, up), "planted": w8a8(planted, weight),
+               "planted, LLM.int8()": outlier_split(planted, weight, w8a8),
+               "planted, SmoothQuant": w8a8(smooth, migrated)}
+    exact = matmul(planted, weight)
+    found = {name: difference(exact, ys) for name, ys in outputs.items()}
     print(f"  Output error of `up` in INT8, input {column} multiplied by {grow[column]:.1f}:")
     bars([(name, 100 * error) for name, error in found.items()], " %")
     apart = difference(matmul(unseen, up), outlier_split(planted, weight, matmul))
     check("planting and LLM.int8()'s split: unchanged in floats, to rounding", apart < 1e-12)
-    check("SmoothQuant: same, bit for bit", matmul(shrunk, migrated) == matmul(planted, weight))
+    check("SmoothQuant: same, bit for bit", matmul(smooth, migrated) == exact)
     return found
 
 # 8. Better rounding -------------------------------------------------------------------------------
-# Rounding a row w to w - e changes the outputs by X e, X being the inputs of a calibration set:
-# |X e|² = eᵀ H e, H = XᵀX (the Hessian, halved). With H = R Rᵀ, R upper triangular (Cholesky from
-# the last row on), it is |Rᵀ e|² = Σ_j (R_jj e_j + Σ_{i<j} R_ij e_i)²: square j depends on no later
-# error. So go from left to right and add Σ_{i<j} R_ij e_i / R_jj, the error fed forward, to
-# weight j before rounding it. The paper gets to the same by inverting H.
-def cholesky(h):                         # the columns of the upper triangular R with R Rᵀ = h
+# The nearest code is best for one weight, not for a sum of many: where inputs rise and fall
+# together, one weight's error can make up for another's. Rounding a row w to w - e changes the
+# outputs by X e, X being the inputs of a calibration set: |X e|² = eᵀ H e, H = XᵀX (the Hessian,
+# halved). With H = R Rᵀ, R upper triangular, it is |Rᵀ e|² = Σ_j (R_jj e_j + Σ_{i<j} R_ij e_i)²:
+# square j depends on no later error. So go from left to right and add Σ_{i<j} R_ij e_i / R_jj, the
+# error fed forward, to weight j before rounding it. (The paper comes to the same by inverting H.)
+def cholesky(h):                         # -> the columns of the upper triangular R with R Rᵀ = h
     columns = []
     while h:
         column = [x / sqrt(h[-1][-1]) for x in h[-1]]
         columns.insert(0, column)
         h = [[x - a * b for x, b in zip(row[:-1], column)] for row, a in zip(h[:-1], column)]
     return columns
+
 def gptq(weight, inputs, bits):
     """weight [m][n], inputs [k][n] -> [m] of (codes, scale, 0), on the grid of quantize(row, bits).
     Frantar et al. 2022, section 3, less column order and groups. ValueError: none, ragged, NaN."""
@@ -558,81 +554,85 @@ def gptq(weight, inputs, bits):
     h = [[sumprod(a, b) for b in features] for a in features]
     damping = 0.01 * sum(row[i] for i, row in enumerate(h)) / len(h) or 1.0    # lest H be singular
     for i, row in enumerate(h): row[i] += damping
-    columns = cholesky(h)
+    columns, top = cholesky(h), 2 ** (bits - 1) - 1
     for row, (codes, scale, _) in zip(weight, found):
         errors = []
-        for j, (w, column) in enumerate(zip(row, columns)):
-            target = w + sumprod(errors, column[:-1]) / column[-1]
-            codes[j], = to_codes([target], scale, 0, bits, True)
-            errors.append(w - scale * codes[j])
+        for j, column in enumerate(columns):
+            target = row[j] + sumprod(errors, column[:-1]) / column[-1]
+            codes[j] = min(max(round(target / scale), -top), top)
+            errors.append(row[j] - scale * codes[j])
     return found
-
-def rounded_by(method, model, inputs, bits):
-    """The model with all linear layers rounded by a method with the arguments of gptq()."""
-    return with_weights(model, {name: dequantize_rows(method(model.weights[name], xs, bits))
-                                for name, xs in inputs.items()})
-def output_error(model, rounded, inputs):
-    """The difference of a layer's outputs, the mean over the linear layers."""
-    return sum(difference(matmul(xs, model.weights[name]), matmul(xs, rounded.weights[name]))
-               for name, xs in inputs.items()) / len(inputs)
 
 def show_gptq(model, inputs, unseen, held_out):
     """To nearest and by GPTQ -> {(bits, method): (calibration error, held-out error, loss)}."""
-    def nearest(weight, inputs, bits): return quantize_rows(weight, bits)
-    found = {}
+    def nearest(weight, xs, bits): return quantize_rows(weight, bits)
+    up, found, rows = model.weights["up0"], {}, []
     for bits, method in product((4, 3, 2), (nearest, gptq)):
-        rounded = rounded_by(method, model, inputs, bits)
-        errors = [output_error(model, rounded, xs) for xs in (inputs, unseen)]
-        found[bits, method.__name__] = *errors, rounded.loss(held_out)
-    table(["linear layers", "output error, calibration", "held out", "loss"],
-          *([f"INT{bits}, {name}", f"{seen:.2%}", f"{test:.2%}", f"{loss:.4f}"]
-            for (bits, name), (seen, test, loss) in found.items()))
+        rounded = {name: dequantize_rows(method(model.weights[name], xs, bits))
+                   for name, xs in inputs.items()}
+        seen = output_error(inputs["up0"], up, rounded["up0"])
+        test = output_error(unseen["up0"], up, rounded["up0"])
+        loss = with_weights(model, rounded).loss(held_out)
+        found[bits, method.__name__] = seen, test, loss
+        rows.append([f"INT{bits}, {method.__name__}", f"{seen:.2%}", f"{test:.2%}", f"{loss:.4f}"])
+    table(["all layers rounded", "error of `up`, calibration", "held out", "loss"], *rows)
     better = found[3, "gptq"][0] / found[3, "nearest"][0]
     check("GPTQ beats nearest in 3 bits (calibration)", better < 1.0, f"{better:.0%} of it")
     return found
 
 # 9. The bugs people ship --------------------------------------------------------------------------
-def show_bugs(model, inputs, unseen, held_out, loss, formats, n=30):
-    """Each symptom beside the correct figure -> {symptom: (with the bug, correct)}."""
-    def no_sign(data, bits, n): return [code % (1 << bits) for code in unpack(data, bits, n)]
-    wrong = compress(model, 4, unpack=no_sign)[2].loss(held_out)
-    found = {"INT4 unpacked without sign extension: loss": (wrong, formats[4, True, "channel"][0])}
-    def short(xs, weight): return w8a8(xs, quantize_rows(weight, 8), accumulator=16)
+# One mistake each, most of them in the layer `up`: its symptom with the bug, then without it.
+def lose_signs(up, xs):
+    """Nibbles read as 0 ... 15, without sign extension -> output errors."""
+    rows = quantize_rows(up, 4)
+    unsigned = [([code % 16 for code in codes], scale, 0) for codes, scale, _ in rows]
+    return [output_error(xs, up, dequantize_rows(read)) for read in (unsigned, rows)]
+
+def sum_in(accumulator, up, xs):
+    """W8A8 with sums in so many bits -> (output error, share of the sums that overflow)."""
     COUNT.clear()
-    found["INT8 products summed in int16: loss (floats)"] = loss_with(short, model, held_out), loss
-    found["... share of sums that overflow"] = COUNT["int16 overflows"] / COUNT["scalings"], 0.0
-    others = sum(model.weights["up0"], [])
-    found["one INT8 scale, an outlier in it or not: share of zeros"] = tuple(
-        quantize(outlier + others, 8)[0].count(0) / len(others) for outlier in ([60.0], []))
-    few, test = ({name: xs[:n] for name, xs in part.items()} for part in (inputs, unseen))
-    found[f"GPTQ calibrated on the {n} test positions: error there"] = tuple(
-        output_error(model, rounded_by(gptq, model, xs, 3), test) for xs in (test, few))
-    zero = dequantize(*quantize([0.3] * 8, 8, symmetric=False))[0] - 0.3
-    try: to_codes([0.3] * 8, (0.3 - 0.3) / 255, 0, 8, False)
-    except ZeroDivisionError: found["a constant row, its range without 0: error"] = inf, zero
-    table(["symptom (inf: division by 0)", "bug", "correct"],
-          *([name, *decimals(pair)] for name, pair in found.items()))
+    error = difference(matmul(xs, up), w8a8(xs, up, accumulator))
+    return error, COUNT["overflows"] / COUNT["scalings"]
+
+def calibrate_on_test(up, inputs, test):
+    """GPTQ in 3 bits that has seen the test set, or as many other inputs -> output errors."""
+    return [output_error(test, up, dequantize_rows(gptq(up, xs, 3)))
+            for xs in (test, inputs[:len(test)])]
+
+def share_of_zeros(weights): return quantize(weights, 8)[0].count(0) / len(weights)
+def leave_out_zero(row): return (max(row) - min(row)) / 255, quantize(row, 8, symmetric=False)[1]
+
+def show_bugs(up, inputs, unseen):
+    """Each symptom beside the correct figure -> {symptom: (with the bug, correct)}."""
+    narrow, wide = sum_in(16, up, unseen), sum_in(32, up, unseen)
+    crushed = share_of_zeros([60.0, *sum(up, [])]), share_of_zeros(sum(up, []))
+    found = {"INT4 unpacked without sign extension: output error": lose_signs(up, unseen),
+             "INT8 products summed in int16: output error": (narrow[0], wide[0]),
+             "... share of sums that overflow": (narrow[1], wide[1]),
+             "one INT8 scale, an outlier of 60: share of zeros": crushed,
+             "GPTQ calibrated on test data: error": calibrate_on_test(up, inputs, unseen[:30]),
+             "constant row, range without 0: scale to divide by": leave_out_zero([0.3] * 8)}
+    table(["symptom", "bug", "correct"], *([name, *decimals(pair)] for name, pair in found.items()))
     return found
 
 # 10. The real world -------------------------------------------------------------------------------
+# A device reads every weight for every token that it writes: bandwidth / bytes is a ceiling on
+# tokens per second, if the weights fit at all. Caches and activations come on top.
 # Public config files and vendor data sheets: weights; bytes/s and bytes of memory.
 MODELS = {"Llama-3-8B": 8.03e9, "Llama-3.1-70B": 70.6e9, "Llama-3.1-405B": 405e9}
-DEVICES = {"RTX 4090": (1.008e12, 24e9), "H100": (3.35e12, 80e9)}
+DEVICES = {"RTX 4090, 24 GB": (1.008e12, 24e9), "H100, 80 GB": (3.35e12, 80e9)}
 
 def show_real_world(block_bits):
     """Bytes of weights, and the ceiling on decoding where they fit -> {(model, format): bytes}."""
-    formats = {"FP16": 16.0} | block_bits
-    for bits in (3, 2): formats[f"INT{bits}/128"] = 8 * stored_bytes(1, 128, bits)
-    rows, found = [["bits per weight", *decimals(formats.values(), 3)]], {}
-    for name, n_weights in MODELS.items():
-        sizes = [n_weights * bits / 8 for bits in formats.values()]
-        found |= {(name, form): size for form, size in zip(formats, sizes)}
-        rows.append([f"{name}, GB", *decimals([size / 1e9 for size in sizes], 1)])
-        for device, (bandwidth, memory) in DEVICES.items():
-            rows.append([f"  tokens/s, {device}, {memory / 1e9:.0f} GB", *(
-                f"{bandwidth / size:,.0f}" if size < memory else f"({ceil(size / memory)} needed)"
-                for size in sizes)])
-    table(["at most; /128: weights per scale", *formats], *rows)
+    def speed(size, bandwidth, memory):
+        return f"{bandwidth / size:,.0f}" if size < memory else f"({ceil(size / memory)} needed)"
+    formats = {"FP16": 16.0, **block_bits, "INT3/128": 3 + 16 / 128, "INT2/128": 2 + 16 / 128}
+    found, rows = {}, []
+    for (model, n_weights), (name, bits) in product(MODELS.items(), formats.items()):
+        found[model, name] = size = n_weights * bits / 8
+        speeds = [speed(size, *device) for device in DEVICES.values()]
+        rows.append([f"{model} in {name}", f"{bits:.3f}", f"{size / 1e9:.1f}", *speeds])
+    table(["tokens/s at most (/128: weights per scale)", "bits a weight", "GB", *DEVICES], *rows)
     return found
 
 # Report -------------------------------------------------------------------------------------------
@@ -734,16 +734,16 @@ def main(seed=42, names=None):
     del held_out[40:]                    # of a long list
     section("1. Autograd", show_autograd)
     model, loss = section("2. Data and model", show_model, vocabulary, names, held_out, rng)
-    inputs, unseen = (layer_inputs(model, part) for part in (names[:16], held_out))
-    decibels = section("3. One number, one row", show_row, model.weights["up0"][0][:8], rng)
+    inputs, unseen = layer_inputs(model, names[:16]), layer_inputs(model, held_out)
+    up = model.weights["up0"]
+    section("3. One number, one row", show_codes, up[0][:8])
+    decibels = show_noise(rng)
     formats = section("4. Granularity", show_granularity, model, held_out, loss)
     block_bits = section("5. Real formats", show_blocks, sum(model.weights["down0"], []))
-    products = section("6. Integer arithmetic", show_integers, model.weights["up0"], unseen["up0"])
-    up = model.weights["up0"], inputs["up0"], unseen["up0"]
-    outliers = section("7. Outliers", show_outliers, *up, rng)
+    products = section("6. Integer arithmetic", show_integers, up, unseen["up0"])
+    outliers = section("7. Outliers", show_outliers, up, inputs["up0"], unseen["up0"], rng)
     rounding = section("8. Better rounding", show_gptq, model, inputs, unseen, held_out)
-    bugs = section("9. The bugs people ship", show_bugs, model, inputs, unseen, held_out, loss,
-                   formats)
+    bugs = section("9. The bugs people ship", show_bugs, up, inputs["up0"], unseen["up0"])
     sizes = section("10. The real world", show_real_world, block_bits)
     return finish(started, loss=loss, decibels=decibels, formats=formats, block_bits=block_bits,
                   products=products, outliers=outliers, rounding=rounding, bugs=bugs, sizes=sizes)

@@ -35,8 +35,7 @@ def test_quantize_is_off_by_half_a_step_at_most(values, bits, symmetric):
 def test_quantize_by_hand():
     assert mq.quantize([7.0, -3.4, 0.6, 0.5, 1.5], 4) == ([7, -3, 1, 0, 2], 1.0, 0)
     assert mq.quantize([-5.0, 10.0, 0.0, 2.4], 4, False) == ([-8, 7, -3, -1], 1.0, -3)
-    assert mq.to_codes([100.0, -100.0], 1.0, 0, 4, True) == [7, -7]
-    assert mq.to_codes([100.0, -100.0], 1.0, 0, 4, False) == [7, -8]
+    assert mq.quantize([-1.5, 13.5], 4, False) == ([-8, 7], 1.0, -6)     # a tie at both ends
 
 
 @pytest.mark.parametrize("row", [[0.0] * 5, [0.3], [-0.3] * 7, [5e-324, -3e-320],
@@ -103,6 +102,9 @@ def test_blocks_refuse(encode):
         with pytest.raises(ValueError, match=r"\d"):
             encode(row)
     assert len(encode([0.0] * 64)) in (68, 36)
+    for bad in (math.nan, math.inf, 1e39):
+        with pytest.raises(ValueError, match="at byte (34|18): "):
+            encode([1.0] * 32 + [bad] * 32)
     assert mq.encode_q8_0([1e-44] * 32) == bytes(34)             # the scale is 0 even in float32
 
 
@@ -127,13 +129,13 @@ def tiny(seed):
 def test_compressed_model_is_the_rounded_one(bits, symmetric, granularity):
     model, _, _ = tiny(bits)
     n_bytes, formula, small = mq.compress(model, bits, symmetric, granularity)
-    assert n_bytes == formula
+    assert n_bytes == formula or granularity == "group"      # of 4 weights here, not whole bytes
     total = 0
     for name, m in model.weights.items():
         flat, other = sum(m, []), sum(small.weights[name], [])
         size = {"tensor": len(flat), "channel": len(m[0]),
                 "group": len(m[0]) // 2}[granularity]
-        total += len(flat) // size * (math.ceil(size * bits / 8) + (2 if symmetric else 3))
+        total += len(flat) // size * (2 + math.ceil((size if symmetric else size + 1) * bits / 8))
         for start in range(0, len(flat), size):
             run = flat[start:start + size]
             expected = mq.dequantize(*mq.quantize(run, bits, symmetric))
@@ -146,13 +148,15 @@ def test_replaced_linear_is_undone_and_sees_every_input():
     model, names, _ = tiny(0)
     before, loss = mq.linear, model.loss(names)
     inputs = mq.layer_inputs(model, names)
-    assert mq.linear is before
+    assert mq.linear is before and model.loss(names) == loss
     assert set(inputs) == set(model.weights) - {"token", "position"}
     assert {len(xs) for xs in inputs.values()} == {25}
     assert all(len(xs[0]) == len(model.weights[name][0]) for name, xs in inputs.items())
-    assert mq.loss_with(mq.matmul, model, names) == loss
-    with pytest.raises(ZeroDivisionError):
-        mq.loss_with(lambda xs, weight: 1 / 0, model, names)
+    normed = mq.rmsnorm(mq.add(model.weights["token"][names[1][0]], model.weights["position"][0]))
+    assert inputs["query0"][5] == inputs["value0"][5] == normed          # of the second name
+    assert all(min(x) >= 0.0 for x in inputs["down0"])                   # behind the relu
+    with pytest.raises(IndexError):
+        mq.layer_inputs(model, [[0, 99, 0]])
     assert mq.linear is before
 
 
@@ -162,21 +166,34 @@ def test_integer_product():
         xs, weight = matrix(rng, n, k), matrix(rng, m, k)
         shared = max(abs(x) for row in xs for x in row) / 127
         rounded = [[round(x / shared) * shared for x in row] for row in xs]
-        codes = mq.quantize_rows(weight, 8)
-        expected = mq.matmul(rounded, mq.dequantize_rows(codes))
-        assert mq.w4a16(xs, codes) == mq.matmul(xs, mq.dequantize_rows(codes))
+        expected = mq.matmul(rounded, mq.dequantize_rows(mq.quantize_rows(weight, 8)))
+        int4 = mq.dequantize_rows(mq.quantize_rows(weight, 4))
         mq.COUNT.clear()
-        for row, other in zip(mq.w8a8(xs, codes), expected):
+        assert mq.w4a16(xs, weight) == mq.matmul(xs, int4)
+        assert mq.COUNT["multiply-adds"] == 2 * n * m * k and mq.COUNT["scalings"] == m * k
+        mq.COUNT.clear()
+        for row, other in zip(mq.w8a8(xs, weight), expected):
             assert row == pytest.approx(other, rel=1e-12, abs=1e-12)
         assert mq.COUNT["multiply-adds"] == n * m * k and mq.COUNT["scalings"] == n * m
-        assert not mq.COUNT["int32 overflows"]
+        assert not mq.COUNT["overflows"]
 
 
-def test_wrap_is_twos_complement():
+def test_a_short_accumulator_wraps():
+    """9 x 127 x 127 = 145,161 is 14,089 in 16 bits; 2 x 127 x 127 = 32,258 still fits."""
     mq.COUNT.clear()
-    for total in (0, 1, -1, 32767, -32768, 32768, -32769, 3 * 127 * 127, 70000):
-        assert mq.wrap(total, 16) == struct.unpack("<h", struct.pack("<q", total)[:2])[0]
-    assert mq.COUNT["int16 overflows"] == 4 and mq.wrap(2 ** 31 - 1, 32) == 2 ** 31 - 1
+    xs, weight = [[1.0] * 9, [1.0] * 2 + [0.0] * 7], [[1.0] * 9]
+    wrapped, right = mq.w8a8(xs, weight, 16)
+    assert wrapped == pytest.approx([14089 / 127 ** 2]) and right == pytest.approx([2.0])
+    assert mq.COUNT["overflows"] == 1 and mq.w8a8(xs, weight)[0] == pytest.approx([9.0])
+    assert mq.sum_in(16, weight, xs) == pytest.approx(
+        ((9 - 14089 / 127 ** 2) / math.hypot(9, 2), 0.5), rel=1e-9)
+
+
+def test_signed_is_twos_complement():
+    for total in (0, 1, -1, 32767, -32768, 32768, -32769, 3 * 127 * 127, 70000, 2 ** 40 + 5):
+        assert mq.signed(total, 16) == struct.unpack("<h", struct.pack("<q", total)[:2])[0]
+    assert [mq.signed(number, 4) for number in (7, 8, 15, 16, -8)] == [7, -8, -1, 0, -8]
+    assert mq.signed(2 ** 31 - 1, 32) == 2 ** 31 - 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -249,6 +266,17 @@ def test_gptq_error_is_bounded_and_smaller(bits):
     assert better == 10
 
 
+def test_gptq_helps_in_every_layer_of_a_trained_model(capsys):
+    rng = random.Random(3)
+    vocabulary, names, held_out = mq.tokenize(mq.NAMES.split(), rng)
+    model, _ = mq.show_model(vocabulary, names, held_out, rng, n_steps=60)
+    for name, xs in mq.layer_inputs(model, names[:16]).items():
+        weight = model.weights[name]
+        better, nearest = (mq.output_error(xs, weight, mq.dequantize_rows(rows)) for rows in
+                           (mq.gptq(weight, xs, 3), mq.quantize_rows(weight, 3)))
+        assert better < 0.95 * nearest, name
+
+
 def test_gptq_refuses():
     for weight, inputs in (([], [[1.0]]), ([[1.0]], []), ([[1.0, 2.0]], [[1.0]]),
                            ([[1.0], [1.0, 2.0]], [[1.0]]),
@@ -261,6 +289,7 @@ def test_gptq_refuses():
 
 def test_difference():
     assert mq.difference([[3.0, 4.0]], [[3.0, 4.5]]) == pytest.approx(0.1)
+    assert mq.difference([[3.0], [4.0]], [[3.0], [4.5]]) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("seed", [42])
@@ -269,15 +298,15 @@ def test_key_figures(seed, measured):
     assert all(result["checks"].values())
     decibels = result["decibels"]
     for bits in range(5, 9):
-        assert decibels[bits, True] - decibels[bits - 1, True] == pytest.approx(6.02, abs=1.0)
-        assert decibels[bits, False] > decibels[bits, True] - 1.0
+        assert decibels[bits] - decibels[bits - 1] == pytest.approx(6.02, abs=1.0)
     loss, formats = result["loss"], result["formats"]
     assert loss < 2.8 and len(formats) == 24
     assert all(abs(after - loss) < 0.02 for (bits, *_), (after, _) in formats.items() if bits == 8)
-    assert abs(formats[4, True, "channel"][0] - loss) < 0.1
-    assert formats[2, True, "tensor"][0] > loss + 0.1
-    assert formats[4, True, "tensor"][1] == 4416 // 2 + 9 * 2
-    assert formats[8, False, "tensor"][1] == 4416 + 9 * 3
+    assert abs(formats[4, "symmetric", "channel"][0] - loss) < 0.1
+    assert formats[2, "symmetric", "tensor"][0] > loss + 0.1
+    assert formats[4, "symmetric", "tensor"][1] == 4416 // 2 + 9 * 2
+    assert formats[8, "asymmetric", "tensor"][1] == 4416 + 9 * 3
+    assert formats[3, "asymmetric", "group"][1] == 4416 * 3 // 8 + 3 * 2 * 228        # 228 rows
     assert result["block_bits"] == {"Q8_0": 8.5, "Q4_0": 4.5}
     assert result["sizes"]["Llama-3-8B", "Q4_0"] == pytest.approx(4.517e9, rel=1e-3)
     assert result["sizes"]["Llama-3.1-70B", "FP16"] == 141.2e9
@@ -293,7 +322,11 @@ def test_outlier_collapses_int8_and_both_ways_bring_it_back(seed, measured):
 
 @pytest.mark.parametrize("seed", [42])
 def test_gptq_figures(seed, measured):
-    rounding = measured("microquant", seed)["rounding"]
+    result = measured("microquant", seed)
+    rounding = result["rounding"]
+    losses = {loss for _, _, loss in rounding.values()}
+    assert len(losses) == 6 and result["loss"] not in losses
+    assert all(abs(loss - result["loss"]) < 0.2 for loss in losses)
     for bits in (4, 3, 2):
         seen, unseen, _ = rounding[bits, "nearest"]
         gptq_seen, gptq_unseen, _ = rounding[bits, "gptq"]
@@ -304,11 +337,24 @@ def test_gptq_figures(seed, measured):
 @pytest.mark.parametrize("seed", [42])
 def test_exhibits(seed, measured):
     sign, int16, share, scale, leak, constant = measured("microquant", seed)["bugs"].values()
-    assert sign[0] > sign[1] + 1.0
-    assert int16[0] > int16[1] + 0.2 and 0.01 < share[0] < 0.5 and share[1] == 0.0
+    assert sign[0] > 1.0 and sign[1] < 0.1
+    assert int16[0] > 0.1 and int16[1] < 0.02 and 0.005 < share[0] < 0.5 and share[1] == 0.0
     assert scale[0] > 0.9 and scale[1] < 0.05
-    assert leak[0] < leak[1]                     # the test error, the test data known
-    assert constant[0] == math.inf and constant[1] < 1e-15
+    assert leak[0] < 0.95 * leak[1]              # the test error, the test data known
+    assert constant == (0.0, pytest.approx(0.3 / 255))
+
+
+def test_bugs_by_hand():
+    assert mq.lose_signs([[7.0, -1.0]], [[1.0, 0.0], [0.0, 1.0]]) == pytest.approx(
+        [16 / math.hypot(7, 1), 0.0])            # -1 is stored as 15
+    assert mq.share_of_zeros([1.0, 0.003, -0.005, 0.0]) == 0.5
+    assert mq.leave_out_zero([0.25, 0.5]) == (0.25 / 255, 0.5 / 255)
+    rng = random.Random(0)
+    up, test, others = matrix(rng, 6, 8), matrix(rng, 5, 8), matrix(rng, 9, 8)
+    leaked, honest = mq.calibrate_on_test(up, others, test)
+    assert leaked < honest
+    for error, xs in ((leaked, test), (honest, others[:5])):
+        assert error == mq.output_error(test, up, mq.dequantize_rows(mq.gptq(up, xs, 3)))
 
 
 def test_stored_weights_are_codes_times_a_scale_of_16_bits():
@@ -320,9 +366,21 @@ def test_stored_weights_are_codes_times_a_scale_of_16_bits():
 
 
 def test_rounding_errors_spread_evenly_over_a_step(first_run):
-    """Eight bars of 250 on average; one a third off is nine standard deviations away."""
-    bars = re.findall(r"^  [+-]0\.\d{3} to [+-]0\.\d{3} █* ?(\d+)$", first_run("microquant").out, re.M)
-    assert len(bars) == 8 and all(150 < int(count) < 350 for count in bars)
+    """Four bars of 500 on average; one a fifth off is five standard deviations away."""
+    bars = re.findall(r"^  [+-]0\.\d\d to [+-]0\.\d\d █* ?(\d+)$", first_run("microquant").out, re.M)
+    assert len(bars) == 4 and all(400 < int(count) < 600 for count in bars)
+    assert sum(map(int, bars)) == 2000
+
+
+def test_real_models_fit_or_not(first_run):
+    rows = dict(re.findall(r"^  (Llama.+? in \S+) +[\d.]+ +[\d.]+ +(\S.*\S)$", first_run("microquant").out,
+                           re.M))
+    cells = {name: re.split(r" {2,}", row) for name, row in rows.items()}
+    assert len(cells) == 15
+    assert cells["Llama-3-8B in FP16"] == ["63", "209"]          # 1008 and 3350 GB/s over 16.06 GB
+    assert cells["Llama-3.1-70B in Q8_0"] == ["(4 needed)", "45"]
+    assert cells["Llama-3.1-70B in Q4_0"] == ["(2 needed)", "84"]
+    assert cells["Llama-3.1-405B in FP16"] == ["(34 needed)", "(11 needed)"]
 
 
 def test_the_outlier_is_planted_and_smoothed_by_calibration_data(monkeypatch, capsys):
