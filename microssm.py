@@ -1,9 +1,9 @@
 """A state space model reads with a memory of fixed size; selection decides what that memory keeps.
 
 Attention keeps every token, so its cache and its work grow with the text. A state space model keeps
-a state of fixed size, h' = A h + B u: a token costs the same after ten or after a million others.
-With constant A, B, C it can run as a convolution or a tree, but it treats all tokens alike. Mamba
-lets a token choose its step Δ, B and C: a large Δ writes it down, a small one passes over it.
+a state of fixed size, which fades while the input flows in: a token costs the same after ten or
+after a million others. If it treats all tokens alike, it can also run as a convolution, at once,
+but then it cannot tell data from noise. Mamba selects: a token is written down, or passed over.
 
   Gu et al. 2021 (2111.00396) S4, structured state spaces    Blelloch 1990 parallel prefix sums
   Gu & Dao 2023 (2312.00752) Mamba, selection                Dao & Gu 2024 (2405.21060) Mamba-2
@@ -21,10 +21,9 @@ lets a token choose its step Δ, B and C: a large Δ writes it down, a small one
 """
 import argparse, codecs, gc, os, random, sys, time
 from collections import defaultdict
-from functools import partial
 from itertools import accumulate, combinations, product
 from math import ceil, exp, expm1, log, log1p, log2, sqrt, tanh
-from operator import mul
+from operator import add, mul
 
 # 1. Autograd --------------------------------------------------------------------------------------
 # >>> shared: autograd (the same in every script; read it once)
@@ -125,37 +124,35 @@ def train(parameters, loss_at, steps, rate):
     progress()
     return curve
 # <<< shared: autograd
-
-def pointwise(function, x):              # function(x) -> (value, slope); a Value becomes one node
-    if type(x) is not Value: return function(x)[0]
-    y, slope = function(x.data)
-    return Value(y, (x,), (slope,))
-def sigmoid(x): return 0.5 + 0.5 * tanh(0.5 * x)         # 1 / (1 + e^-x), without overflow
-softplus = partial(pointwise, lambda x: (max(x, 0.0) + log1p(exp(-abs(x))), sigmoid(x)))
-silu = partial(pointwise, lambda x: (x * sigmoid(x), sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))))
-negative_exp = partial(pointwise, lambda x: (-exp(x), -exp(x)))
+# One step is all that these models repeat: a number h of the memory fades, an input u is written
+# into it, and h becomes e^(Δa) h + Δ b u. Δ is the time that passes, a < 0 the rate at which h
+# fades, b how strongly u is written. As one node it has five inputs and five derivatives.
 def state_update(h, delta, a, b, u):
-    """e^(Δa) h + Δ b u as one node, Values or floats; section 2 says what the letters stand for."""
     if type(u) is not Value: return exp(delta * a) * h + delta * u * b
     inputs = h, delta, a, b, u
     h, delta, a, b, u = h.data, delta.data, a.data, b.data, u.data
     decay, inflow = exp(delta * a), delta * u
     slopes = decay, a * decay * h + b * u, delta * decay * h, inflow, delta * b
     return Value(decay * h + inflow * b, inputs, slopes)
-def largest_difference(a, b):
-    return max(map(largest_difference, a, b)) if isinstance(a, (list, tuple)) else abs(a - b)
 
-def show_autograd(rng, _):
-    """The gated state update as one node; its gradient beside the slopes by differences."""
-    point, slopes = [rng.uniform(0.5, 1.5) * sign for sign in (1, 1, -1, 1, -1)], []
-    for i, x in enumerate(point):
-        low, high = (state_update(*point[:i], x + step, *point[i + 1:]) for step in (-1e-5, 1e-5))
-        slopes.append((high - low) / 2e-5)
-    y = state_update(*(leaves := list(map(Value, point))))
-    print(f"  e^(Δa) h + Δ b u, with its five derivatives: {len(TAPE)} node")
-    y.backward()
-    error = largest_difference(slopes, [x.grad for x in leaves])
-    check("the fused state update has the slopes of the function", error < 1e-8, f"{error:.0e}")
+# A function of one number is one node as well: node(x, the function, its derivative).
+def node(x, f, slope): return Value(f(x.data), (x,), (slope(x.data),)) if type(x) is Value else f(x)
+def minus_exp(z): return -exp(z)
+def sigmoid(z): return 0.5 + 0.5 * tanh(0.5 * z)             # 1 / (1 + e^-z), without overflow
+def sigmoid_slope(z): return sigmoid(z) * sigmoid(-z)
+def log_1p_exp(z): return max(z, 0.0) + log1p(exp(-abs(z)))  # log(1 + e^z), without overflow
+def negative_exp(x): return node(x, minus_exp, minus_exp)
+def softplus(x): return node(x, log_1p_exp, sigmoid)         # positive; near x where x is large
+def silu(x): return x * node(x, sigmoid, sigmoid_slope)
+def gap(a, b): return max(map(gap, a, b)) if isinstance(a, (list, tuple)) else abs(a - b)  # largest
+
+def show_autograd(rng):
+    h, delta, a, b, u = inputs = [Value(rng.uniform(-1.5, 1.5)) for _ in range(5)]
+    y = -negative_exp(delta * a) * h + delta * b * u
+    print(f"  e^(Δa) h + Δ b u: {len(TAPE)} nodes of one operation each, or one node")
+    (y - state_update(*inputs)).backward()       # the derivatives of both, with opposite signs
+    error = max(abs(x.grad) for x in inputs)
+    check("one node has the derivatives of the graph it replaces", error < 1e-12, f"{error:.0e}")
 
 # 2. Continuous to discrete ------------------------------------------------------------------------
 # In continuous time the model is h' = A h + B u: memory fades at rate A while the input flows in.
@@ -166,370 +163,370 @@ def show_autograd(rng, _):
 #   Δ  delta, step       [seq_len][d_inner]  the time that passes at a token
 # A is diagonal: each number of h is a system of its own, in steps h = ā h + b̄ u. Euler: slope at
 # the start of a step; bilinear: mean of both ends; zero-order hold (ZOH): exact for constant u.
+METHODS = "euler", "bilinear", "zoh"
 def discretize(a, b, delta, method):
     """h' = a h + b u over a step delta > 0 -> (ā, b̄) of h = ā h + b̄ u. ValueError otherwise.
     method: "euler", "bilinear" (Gu et al. 2021) or "zoh" (Gu & Dao 2023, equation 4)."""
-    if not delta > 0.0 or method not in ("euler", "bilinear", "zoh"):
-        raise ValueError(f"delta {delta} (positive?), method {method!r} (euler, bilinear, zoh?)")
+    if not delta > 0.0 or method not in METHODS:
+        raise ValueError(f"delta {delta} (positive?), method {method!r} (one of {METHODS}?)")
     z = delta * a
     if method == "euler": return 1.0 + z, delta * b
     if method == "bilinear": return (1.0 + z / 2.0) / (1.0 - z / 2.0), delta * b / (1.0 - z / 2.0)
     return exp(z), expm1(z) / a * b if z else delta * b
 
-def show_discretization(*_):
-    """h' = 1 - h from h = 0, against the exact 1 - e^-t; then large steps -> orders measured."""
-    methods, curves = ("euler", "bilinear", "zoh"), defaultdict(list)
-    for n, method in product((4, 8, 16, 32, 64, 128, 256, 512), methods):
-        a_bar, b_bar = discretize(-1.0, 1.0, 4.0 / n, method)
-        h = accumulate(range(n), lambda h, _: a_bar * h + b_bar, initial=0.0)
-        errors = [abs(x - 1.0 + exp(-4.0 * k / n)) for k, x in enumerate(h)]
-        curves[method].append((4.0 / n, max(errors)))
-    zoh = max(error for _, error in curves.pop("zoh"))       # rounding: no place on a log axis
-    plot("h' = 1 - h: largest error over Δ (both axes log)", curves, True, True, height=8)
-    order = [log2(curve[-2][1] / curve[-1][1]) for curve in curves.values()]
-    decay = [[x, *(discretize(-1.0, 1.0, x, m)[0] for m in methods)] for x in (0.5, 1.5, 2.5, 8.0)]
-    table(["Δ|a| and ā by", *methods], *([f"{x:.4f}" for x in row] for row in decay))
-    check("Euler converges with order 1, bilinear with order 2; ZOH is exact", zoh < 1e-12
-          and largest_difference(order, [1, 2]) < 0.1, "{:.2f}, {:.2f}, {:.0e}".format(*order, zoh))
-    check("|ā| > 1 by Euler if Δ|a| > 2, by bilinear and ZOH never", all((abs(x) > 1.0) == (d > 2.0)
-          and max(abs(y), abs(z)) < 1.0 for d, x, y, z in decay), f"Euler {decay[-1][1]:.0f} at 8")
-    return order
+def recurrence(pairs):
+    """[(a, b)] of h = a h + b, from h = 0 -> [h after each]: one step after the other."""
+    h, hs = 0.0, []
+    for a, b in pairs:
+        h = a * h + b
+        hs.append(h)
+    COUNT["multiply-adds"] += len(pairs)
+    COUNT["steps in a row"] += len(pairs)
+    COUNT["numbers held"] += 1           # h; the input and the output are not counted
+    return hs
+
+def largest_error(method, delta):
+    """Of h' = 1 - h, from h = 0 at t = 0 until t = 16, against the exact h = 1 - e^-t."""
+    hs = recurrence([discretize(-1.0, 1.0, delta, method)] * round(16.0 / delta))
+    return max(abs(h - 1.0 + exp(-k * delta)) for k, h in enumerate(hs, 1))
+
+def show_discretization():
+    steps = [2.0 ** k for k in range(2, -7, -1)]
+    errors = {method: [largest_error(method, delta) for delta in steps] for method in METHODS}
+    zoh = max(errors.pop("zoh"))         # rounding: no place on a logarithmic axis
+    curves = {method: list(zip(steps, found)) for method, found in errors.items()}
+    plot("h' = 1 - h: largest error over step Δ (both axes log)", curves, True, True, height=8)
+    orders = [log2(found[-2] / found[-1]) for found in errors.values()]
+    check("Euler converges with order 1, bilinear with order 2; ZOH is exact", zoh < 1e-12 and
+          gap(orders, [1, 2]) < 0.1, f"{orders[0]:.2f}, {orders[1]:.2f}, {zoh:.0e}")
+    explodes = [(method, delta) for method in METHODS for delta in steps
+                if abs(discretize(-1.0, 1.0, delta, method)[0]) > 1.0]
+    check("|ā| > 1 by Euler if Δ|a| > 2, by bilinear and ZOH never", explodes == [("euler", 4.0)])
+    return orders
 
 # 3. Three programs --------------------------------------------------------------------------------
-# Mamba takes ā by ZOH and b̄ by Euler: B, learned, makes up for the difference. With the same Δ, B
-# and C at every step the model is linear and time-invariant (LTI): three programs can run it.
-def check_shapes(*cases):
-    for name, matrix, n, m in cases:
-        if not n * m or [len(row) for row in matrix] != [m] * n:
-            raise ValueError(f"{name} is {len(matrix)} x {set(map(len, matrix))}, not {n} x {m}")
-def zeros(n_rows, n_columns, like):
-    COUNT["numbers held"] += n_rows * n_columns
-    return [[Value(0.0) if type(like[0][0]) is Value else 0.0] * n_columns for _ in range(n_rows)]
-def read_out(state, u, C, D): return [dot([*h, x], [*C, d]) for h, x, d in zip(state, u, D)]
+# With the same Δ, B and C at every step, ā and b̄ are constant, and the model is called linear and
+# time-invariant (LTI). Three programs can run it, here for one number h. A step is a pair, ā and
+# b̄ u. recurrence() takes one after the other. The convolution knows the weight of b̄ u[s] in h[t]:
+# ā^(t - s), which depends on its age t - s alone. The weights of all ages are the kernel.
+def convolution(pairs):
+    """recurrence() if a is the same in all pairs. Production: FFT, L log L work instead of L²/2."""
+    kernel = [pairs[0][0] ** age for age in range(len(pairs))]
+    latest_first = [b for _, b in reversed(pairs)]
+    COUNT["numbers held"] += len(kernel)
+    COUNT["steps in a row"] += 1         # no h waits for another
+    COUNT["multiply-adds"] += len(kernel)
+    return [dot(kernel[:t], latest_first[-t:]) for t in range(1, len(pairs) + 1)]
 
-def selective_scan(u, delta, A, B, C, D, state=None):
-    """u, delta: [seq_len][d_inner], A: [d_inner][d_state], B, C: [seq_len][d_state], D: [d_inner]
-    -> y [seq_len][d_inner], Values or floats. Gu & Dao 2023, algorithm 2: A by ZOH, B by Euler.
-    state [d_inner][d_state]: where to go on from, updated in place. ValueError if shapes misfit."""
-    n, d_inner, d_state, ys = len(u), len(A), len(A and A[0]), []
-    check_shapes(("u", u, n, d_inner), ("delta", delta, n, d_inner), ("A", A, d_inner, d_state),
-                 ("B", B, n, d_state), ("C", C, n, d_state), ("D", [D], 1, d_inner),
-                 ("state", A if state is None else state, d_inner, d_state))
-    state = state or zeros(d_inner, d_state, like=u)
-    for u_t, delta_t, B_t, C_t in zip(u, delta, B, C):
-        for i, (x, step) in enumerate(zip(u_t, delta_t)):
-            state[i] = [state_update(h, step, a, b, x) for h, a, b in zip(state[i], A[i], B_t)]
-        ys.append(read_out(state, u_t, C_t, D))
-    COUNT["multiply-adds"] += 4 * n * d_inner * d_state
-    COUNT["steps in a row"] += n
-    return ys
-# The convolution: y[t] sums what every u[s] still weighs at t, C[t]·e^(A (Δ[s+1] + ... + Δ[t]))
-# Δ[s] B[s]. If LTI, that depends on t - s alone: a kernel. (Production: FFT, L log L, not L²/2.)
-def response(t, s, delta, A, B, C):
-    """dy[t] / du[s], s <= t, of one channel without D. delta: [seq_len], A: [d_state]."""
-    COUNT["multiply-adds"] += 3 * len(A)
-    passed = sum(delta[s + 1:t + 1])
-    return dot(C[t], [exp(a * passed) * delta[s] * b for a, b in zip(A, B[s])])
-def convolution(u, delta, A, B, C, D):
-    kernel = [response(t, 0, [step for step, in delta], A[0], B, C) for t in range(len(u))]
-    COUNT["steps in a row"] += 1
-    COUNT["numbers held"] += len(kernel) + len(u)
-    return [[dot([*kernel[:t + 1], *D], [x for x, in [*u[t::-1], u[t]]])] for t in range(len(u))]
-# The tree: (a1, b1), then (a2, b2), is one pair again: a2 (a1 h + b1) + b2. Neighbours combine.
+# The tree: step (a1, b1), then (a2, b2), is one step, h = a2 (a1 h + b1) + b2. Neighbours combine,
+# all at the same time, then the results: log2 L levels up, and as many down. Blelloch 1990.
+def combine(first, then):
+    COUNT["multiply-adds"] += 2
+    return then[0] * first[0], then[0] * first[1] + then[1]
+
+def sweep(pairs):
+    """A power of two of pairs -> (for each, all those before it as one pair; all as one pair)."""
+    COUNT["numbers held"] += 2 * len(pairs)
+    if len(pairs) == 1: return [(1.0, 0.0)], pairs[0]        # (1, 0) leaves h as it is
+    COUNT["steps in a row"] += 2
+    lefts, rights = pairs[::2], pairs[1::2]
+    before_both, total = sweep(list(map(combine, lefts, rights)))        # up
+    before_right = map(combine, before_both, lefts)                      # down
+    return [pair for two in zip(before_both, before_right) for pair in two], total
+
 def associative_scan(pairs):
-    """[(a, b)] of h = a h + b, from h = 0 -> [h after each], Values or floats. Blelloch 1990."""
+    """recurrence() as a tree; Values or floats. ValueError if there are no pairs."""
     if not pairs: raise ValueError("0 pairs: there is nothing to scan")
-    def combine(first, then):
-        COUNT["multiply-adds"] += 2
-        return then[0] * first[0], then[0] * first[1] + then[1]
-    size, step = 1 << (len(pairs) - 1).bit_length(), 1
-    tree = [*pairs, *[(1.0, 0.0)] * (size - len(pairs))]     # (1, 0) leaves h as it is
-    while step < size:                                       # up: sums of 2, 4, 8, ... pairs
-        for i in range(2 * step - 1, size, 2 * step): tree[i] = combine(tree[i - step], tree[i])
-        step *= 2
-    total, tree[-1] = tree[-1], (1.0, 0.0)
-    while step > 1:                      # down: a left child gets what comes before its parent,
-        step //= 2                       # a right child that and then its left sibling
-        for i in range(2 * step - 1, size, 2 * step):
-            tree[i - step], tree[i] = tree[i], combine(tree[i], tree[i - step])
-        COUNT["steps in a row"] += 2                         # this level and its twin on the way up
-    COUNT["numbers held"] += 2 * size
-    return [b for _, b in [*tree[1:], total][:len(pairs)]]
+    size = 1 << (len(pairs) - 1).bit_length()                # the next power of two
+    before, total = sweep([*pairs, *[(1.0, 0.0)] * (size - len(pairs))])
+    return [h for _, h in [*before, total][1:len(pairs) + 1]]
 
-def parallel_scan(u, delta, A, B, C, D, method="zoh"):
-    """selective_scan by a tree for each number of the state, in floats; method: for A."""
-    n, d_inner, d_state, states = len(u), len(A), len(A[0]), []
-    for i, j in product(range(d_inner), range(d_state)):
-        COUNT["steps in a row"] = 0                          # the trees do not wait for each other
-        states.append(associative_scan([
-            (discretize(A[i][j], 1.0, step[i], method)[0], step[i] * b[j] * x[i])
-            for step, b, x in zip(delta, B, u)]))
-    COUNT["multiply-adds"] += 3 * n * d_inner * d_state
-    history = [[h[i:i + d_state] for i in range(0, len(h), d_state)] for h in zip(*states)]
-    return list(map(read_out, history, u, C, [D] * n))
-
-def show_programs(rng, _, n=250, N=4):
-    """One LTI channel with N numbers of state by all three -> what each took, and its formula."""
-    B, C = ([rng.gauss(0.0, 1.0) for _ in range(N)] for _ in range(2))
-    u, levels, ys, costs = [[rng.gauss(0.0, 1.0)] for _ in range(n)], ceil(log2(n)), [], {}
-    formulas = {selective_scan: [n, (5 * N + 1) * n, N], convolution:
-                [1, (4 * N + 1) * n + n * (n + 1) // 2, 2 * n], parallel_scan:
-                [2 * levels, (4 * N + 1) * n + 4 * N * (2 ** levels - 1), 2 * N * 2 ** levels]}
-    what = "steps in a row", "multiply-adds", "numbers held"
-    for program, formula in formulas.items():
+def show_programs(rng, n=250):
+    pairs = [discretize(-1.0, rng.gauss(0.0, 1.0), 0.1, "zoh") for _ in range(n)]    # (ā, b̄ u)
+    columns, outputs, counted = ("steps in a row", "multiply-adds", "numbers held"), [], {}
+    for program in recurrence, convolution, associative_scan:
         COUNT.clear()
-        ys.append(program(u, [[0.1]] * n, [[-0.5, -1, -2, -4]], [B] * n, [C] * n, [1.0]))
-        costs[program.__name__] = [COUNT[key] for key in what], formula
-    table([f"LTI, {n} steps", *what, "formulas: steps", "multiply-adds", "held"],
-          *([name, *counted, *formula] for name, (counted, formula) in costs.items()))
-    error = largest_difference(ys[1:], ys[:1] * 2)
+        outputs.append(program(pairs))
+        counted[program.__name__] = [COUNT[column] for column in columns]
+    table([f"LTI, {n} inputs", *columns], *([name, *row] for name, row in counted.items()))
+    levels = ceil(log2(n))
+    formulas = {"recurrence": [n, n, 1], "convolution": [1, n + n * (n + 1) // 2, n],
+                "associative_scan": [2 * levels, 4 * (2 ** levels - 1), 4 * 2 ** levels - 2]}
+    error = gap(outputs, outputs[:1] * 3)
     check("recurrence, convolution and tree: the same output", error < 1e-12, f"{error:.0e}")
-    counted, formula = map(list, zip(*costs.values()))
-    check("what each program took: counted = formula", counted == formula)
-    return costs
+    check("what each program took: counted = formula", counted == formulas)
+    return counted
 
 # 4. Selection -------------------------------------------------------------------------------------
 # S6, the layer in Mamba, makes Δ, B and C from the token: Δ near 0 leaves the state alone, a large
 # Δ lets it fade and writes the token. The price: no kernel, no convolution. The tree still works.
-def s6_weights(rng, d_inner, d_state, selective=True, **shapes):
-    """Values by name, with matrices of other `shapes`. A and Δ begin as a spread of time scales."""
-    if selective: shapes |= {"W_delta": (d_inner, d_inner), "W_B": (d_state, d_inner)}
-    shapes |= {"W_C": (d_state, d_inner)} if selective else {"B": (1, d_state), "C": (1, d_state)}
-    def matrix(n_out, n_in):
-        return [[Value(rng.gauss(0.0, n_in ** -0.5)) for _ in range(n_in)] for _ in range(n_out)]
-    return {name: matrix(*shape) for name, shape in shapes.items()} | {
-        "A_log": [[Value(log(n + 1.0)) for n in range(d_state)] for _ in range(d_inner)],
-        "delta_bias": [[Value(log(expm1(0.1 ** rng.random()))) for _ in range(d_inner)]],
-        "D": [[Value(1.0) for _ in range(d_inner)]]}
-def frozen(w): return {name: list(map(floats, matrix)) for name, matrix in w.items()}
-def decay_rates(w, rate=negative_exp): return [list(map(rate, row)) for row in w["A_log"]]
-def select(u, w, positive=softplus):
-    """u [seq_len][d_inner] -> delta, B, C of every step; constant if w has no matrices for them."""
-    bias, n = w["delta_bias"][0], len(u)
-    if "W_B" not in w: return [list(map(positive, bias))] * n, w["B"] * n, w["C"] * n
-    delta = [[positive(x + b) for x, b in zip(row, bias)] for row in linear(u, w["W_delta"])]
-    return delta, linear(u, w["W_B"]), linear(u, w["W_C"])       # W_delta: low rank in production
-# The Mamba block: S6 between a convolution, causal with a short kernel per channel, and a gate.
-def mamba_weights(rng, d_model, d_inner, d_state, d_conv=4, **shapes):
-    return s6_weights(rng, d_inner, d_state, conv=(d_inner, d_conv), conv_bias=(1, d_inner),
-                      out=(d_model, d_inner), **{"in": (2 * d_inner, d_model)}, **shapes)
-def mamba_state(w, like):
-    """What a block keeps of the past: the convolution's last d_conv - 1 inputs, and h."""
-    d_inner, d_state, d_conv = len(w["A_log"]), len(w["A_log"][0]), len(w["conv"][0])
-    return zeros(d_conv - 1, d_inner, like), zeros(d_inner, d_state, like)
-def mamba_block(xs, w, state=None, ahead=0):
-    """xs [seq_len][d_model] -> [seq_len][d_model]; goes on from `state` and updates it in place.
-    Gu & Dao 2023, section 3.4. ahead: how far the convolution sees ahead; a bug, any but 0."""
-    (window, h), projected = state or mamba_state(w, xs), linear(xs, w["in"])
-    d_inner, d_conv = len(h), len(w["conv"][0])
-    window += [row[:d_inner] for row in projected][ahead:] + zeros(ahead, d_inner, xs)
-    u = [[silu(dot(column, kernel) + bias) for column, kernel, bias
-          in zip(zip(*window[t:t + d_conv]), w["conv"], w["conv_bias"][0])] for t in range(len(xs))]
-    del window[:len(xs)]
-    delta, B, C = select(u, w)
-    y = selective_scan(u, delta, decay_rates(w), B, C, w["D"][0], h)
-    return linear([[v * silu(gate) for v, gate in zip(row, both[d_inner:])]
-                   for row, both in zip(y, projected)], w["out"])
+# ā is taken by ZOH, b̄ by Euler: B, which is learned, makes up for the difference.
+def check_shapes(**matrices):
+    for name, (matrix, n, m) in matrices.items():
+        if n * m == 0 or [len(row) for row in matrix] != [m] * n:
+            raise ValueError(f"{name} is {len(matrix)} x {set(map(len, matrix))}, not {n} x {m}")
 
-def show_selection(rng, _, n=12):
-    """What each input weighs in each output -> how far the weights at one distance t - s differ."""
-    lti, s6 = (frozen(s6_weights(rng, 4, 4, selective)) for selective in (False, True))
-    one, other = ([[rng.gauss(0.0, 1.0) for _ in range(4)] for _ in range(n)] for _ in range(2))
-    panels, bent = [[] for _ in range(n)], []
-    for w, u in (lti, one), (s6, one), (s6, other):
-        (delta, B, C), A = select(u, w), decay_rates(w)
-        weights = [[response(t, s, [row[0] for row in delta], A[0], B, C) for s in range(t + 1)]
-                   for t in range(n)]
-        top = max(abs(x) for row in weights for x in row)
-        bent += [max(abs(x - y[0]) / top for row in weights for x, y in zip(row[::-1], weights))]
-        for line, row in zip(panels, weights):
-            line += [0.0] * 2 + [0.25 + 0.75 * abs(x) / top for x in row] + [0.25] * (n - len(row))
-    y, z = (scan(u, delta, A, B, C, w["D"][0]) for scan in (selective_scan, parallel_scan))
-    print("  what input s (across) weighs in output t (down): LTI; S6; S6 with another input")
-    heatmap(panels, 0.0, 1.0)
-    check("S6: recurrence = tree still", (e := largest_difference(y, z)) < 1e-12, f"{e:.0e}")
-    check("LTI: one kernel for all positions; S6: none", bent[0] < 1e-12 < 1e-6 < min(bent[1:]),
-          "weights differ by {:.0e}, {:.2f}, {:.2f}".format(*bent))
-    return bent
+def zeros(n, m, kind=float): return [[kind(0.0)] * m for _ in range(n)]
+def gauss(rng, n, m, std=1.0): return [[rng.gauss(0.0, std) for _ in range(m)] for _ in range(n)]
+def trainable(w): return {name: [list(map(Value, row)) for row in m] for name, m in w.items()}
+def frozen(w): return {name: list(map(floats, matrix)) for name, matrix in w.items()}
+
+def selective_scan(u, delta, A, B, C, D, state=None, update=state_update):
+    """u, delta: [seq_len][d_inner], A: [d_inner][d_state], B, C: [seq_len][d_state], D: [d_inner]
+    -> y [seq_len][d_inner], Values or floats. Gu & Dao 2023, algorithm 2: A by ZOH, B by Euler.
+    state [d_inner][d_state]: where to go on from, updated in place. ValueError if shapes misfit."""
+    n, d_inner, d_state = len(u), len(A), len(A[0]) if A else 0
+    check_shapes(u=(u, n, d_inner), delta=(delta, n, d_inner), A=(A, d_inner, d_state),
+                 B=(B, n, d_state), C=(C, n, d_state), D=([D], 1, d_inner),
+                 state=(A if state is None else state, d_inner, d_state))
+    state, ys = state or zeros(d_inner, d_state, type(u[0][0])), []
+    for u_t, delta_t, B_t, C_t in zip(u, delta, B, C):
+        for i, (x, step) in enumerate(zip(u_t, delta_t)):
+            state[i] = [update(h, step, a, b, x) for h, a, b in zip(state[i], A[i], B_t)]
+        ys.append([dot([*h, x], [*C_t, d]) for h, x, d in zip(state, u_t, D)])       # C·h + D u
+    COUNT["multiply-adds"] += 4 * n * d_inner * d_state
+    return ys
+
+def s6_weights(rng, d_inner, d_state, **shapes):
+    """Matrices by name, also of given `shapes`. A = -e^A_log and Δ begin as a spread of scales."""
+    shapes |= {"W_delta": (d_inner, d_inner), "W_B": (d_state, d_inner), "W_C": (d_state, d_inner)}
+    w = {name: gauss(rng, n, m, std=m ** -0.5) for name, (n, m) in shapes.items()}
+    w["A_log"] = [[log(n + 1.0) for n in range(d_state)] for _ in range(d_inner)]
+    w["delta_bias"] = [[log(expm1(0.1 ** rng.random())) for _ in range(d_inner)]]
+    w["D"] = [[1.0] * d_inner]
+    return w
+
+def decay_rates(w, rate=negative_exp): return [list(map(rate, row)) for row in w["A_log"]]
+
+def select(u, w, positive=softplus):
+    """u [seq_len][d_inner] -> delta, B, C of every step. W_delta is of low rank in production."""
+    delta = [[positive(x + bias) for x, bias in zip(row, w["delta_bias"][0])]
+             for row in linear(u, w["W_delta"])]
+    return delta, linear(u, w["W_B"]), linear(u, w["W_C"])
+
+# The Mamba block: S6 between a convolution, by which a token sees the few before it, and a gate.
+def mamba_weights(rng, d_model, d_inner, d_state, d_conv=4):
+    return s6_weights(rng, d_inner, d_state, project=(2 * d_inner, d_model), conv=(d_inner, d_conv),
+                      conv_bias=(1, d_inner), out=(d_model, d_inner))
+
+def mamba_block(xs, w, state=None, ahead=0):
+    """xs [seq_len][d_model] -> [seq_len][d_model]. Gu & Dao 2023, section 3.4. state: [], then what
+    the block keeps of the text. ahead: how far the convolution looks ahead; a bug, any but 0."""
+    d_inner, d_state, d_conv = len(w["A_log"]), len(w["A_log"][0]), len(w["conv"][0])
+    n, kind, state = len(xs), type(xs[0][0]), [] if state is None else state
+    if not state: state += zeros(d_conv - 1, d_inner, kind), zeros(d_inner, d_state, kind)
+    window, h = state                                # the convolution's last inputs, and h
+    projected = linear(xs, w["project"])
+    window += [row[:d_inner] for row in projected[ahead:]] + zeros(ahead, d_inner, kind)
+    convolved = [map(dot, zip(*window[t:t + d_conv]), w["conv"]) for t in range(n)]
+    u = [[silu(x + bias) for x, bias in zip(row, w["conv_bias"][0])] for row in convolved]
+    del window[:n]
+    delta, B, C = select(u, w)
+    ys = selective_scan(u, delta, decay_rates(w), B, C, w["D"][0], h)
+    gates = [list(map(silu, row[d_inner:])) for row in projected]
+    gated = [list(map(mul, y, gate)) for y, gate in zip(ys, gates)]
+    return linear(gated, w["out"])
+
+def show_selection(rng, n=8):
+    w, u, differences = s6_weights(rng, 4, 1), gauss(rng, n, 4), []
+    a, impulses = decay_rates(w)[0], [[float(s == t) for s in range(n)] for t in range(n)]
+    print("  what input s (across) weighs in output t (down)")
+    for name, seen in ("LTI", [[1.0] * 4] * n), ("S6", u):
+        delta, B, C = select(seen, w)
+        steps = [row[:1] * n for row in delta]       # n channels like the first, an impulse each
+        weights = selective_scan(impulses, steps, [a] * n, B, C, [0.0] * n)
+        largest = max(abs(x) for row in weights for x in row)
+        print(f"   {name}")
+        heatmap([[abs(x) for x in row] for row in weights], 0.0, largest)
+        earlier, later = [row[:-1] for row in weights[:-1]], [row[1:] for row in weights[1:]]
+        differences.append(gap(earlier, later) / largest)
+    lti, s6 = differences
+    check("LTI has one kernel, S6 has none", lti < 1e-12 and s6 > 1e-6, f"{lti:.0e}, {s6:.2f}")
+    pairs = [(exp(step[0] * a[0]), step[0] * b[0] * x[0]) for step, b, x in zip(delta, B, u)]
+    by_tree = [c[0] * h for c, h in zip(C, associative_scan(pairs))]
+    error = gap(by_tree, [dot(row, [x[0] for x in u]) for row in weights])
+    check("S6: recurrence = tree still", error < 1e-12, f"{error:.0e}")
+    return differences
 
 # 5. Selective copying -----------------------------------------------------------------------------
-# Two data tokens lie in noise: tell the first, then the second. An LTI layer weighs a token by its
-# age, and that is random. Both run bare, as in the paper's plain block: token, layer, logits.
-KINDS, NOISE = range(4), 4               # tokens 5 and 6 ask: "which was first?", "second?"
+# Two data tokens, 0 to 3, lie in noise, 4; at the end, 5 asks for the first and 6 for the second.
+# An LTI layer weighs a token by its age, and that is random. It and S6 run bare, like S4, which is
+# LTI, and S6 in table 1 of Gu & Dao 2023: token, layer, logits. They are the same layer; for LTI,
+# selection is off: it makes Δ, B and C from a row of ones, whatever the token is.
 def copying_sequences(n_steps):
-    """Every sequence of the task -> [(tokens, the two data tokens in order)]."""
-    noise = [NOISE] * n_steps
-    return [([*noise[:i], x, *noise[i + 1:j], y, *noise[j + 1:], 5, 6], (x, y))
-            for (i, j), x, y in product(combinations(range(n_steps), 2), KINDS, KINDS)]
-def answer(w, samples, positive=softplus, rate=negative_exp, scan=selective_scan):
-    """-> [(logits, data token)], two for each sample. Other than the defaults are bugs."""
-    u, A, results = w["token"], decay_rates(w, rate), []
-    kinds = list(zip(u, *select(u, w, positive)))    # no convolution: Δ, B, C depend on the token
+    """Every sequence of the task, as (tokens, the two data tokens in order)."""
+    for (i, j), first, second in product(combinations(range(n_steps), 2), range(4), range(4)):
+        tokens = [4] * n_steps + [5, 6]
+        tokens[i], tokens[j] = first, second
+        yield tokens, (first, second)
+
+def answer(w, samples, selective=True, positive=softplus, rate=negative_exp, **bug):
+    """-> [(logits, data token)], two for each sample. `selective` apart, options are bugs."""
+    u, A, results = w["token"], decay_rates(w, rate), []         # u: of the seven kinds of token
+    delta, B, C = select(u if selective else [[1.0] * len(u[0])] * len(u), w, positive)
     for tokens, data in samples:
-        u, delta, B, C = zip(*(kinds[token] for token in tokens))
-        results += zip(linear(scan(u, delta, A, B, C, w["D"][0])[-2:], w["logits"]), data)
+        def of(rows): return [rows[token] for token in tokens]
+        ys = selective_scan(of(u), of(delta), A, of(B), of(C), w["D"][0], **bug)
+        results += zip(linear(ys[-2:], w["logits"]), data)
     return results
-def accuracy(w, samples, **bug):         # -> share of the data tokens told right, largest |logit|
-    results = answer(w, samples, **bug)
+
+def accuracy(*arguments, **options):
+    """-> (share of the data tokens told right, largest |logit|)"""
+    results = answer(*arguments, **options)
     right = sum(logits[token] == max(logits) for logits, token in results)
     return right / len(results), max(abs(x) for logits, _ in results for x in logits)
 
-def show_copying(rng, _):
-    """Both layers learn on half of the sequences, are asked the others -> weights, accuracies."""
-    seed, sequences, rows, accuracies = rng.random(), copying_sequences(8), [], {}
+def learn(w, batches, selective):
+    """Train the layer w, a batch of samples a step -> its weights, as floats."""
+    def loss(step):
+        losses = [cross_entropy(*result) for result in answer(w, batches[step], selective)]
+        return dot(losses, [1.0 / len(losses)] * len(losses))
+    train([x for matrix in w.values() for row in matrix for x in row], loss, len(batches), 0.03)
+    return frozen(w)
+
+def show_copying(rng):
+    sequences, rows, accuracies = list(copying_sequences(8)), [], {}
     rng.shuffle(sequences)
-    seen, fresh, longer = sequences[::2], sequences[1::2], rng.sample(copying_sequences(16), 224)
-    for name, paper in ("LTI", 0.183), ("S6", 0.970):    # Gu & Dao 2023, table 1: S4, S6, no gate
-        start, data = random.Random(f"weights {seed}"), random.Random(f"data {seed}")    # for both
-        w = s6_weights(start, 8, 4, name == "S6", logits=(4, 8))
-        w["token"] = [[Value(start.gauss(0.0, 1.0)) for _ in range(8)] for _ in range(7)]
-        def loss(_):
-            losses = [cross_entropy(*result) for result in answer(w, data.choices(seen, k=6))]
-            return dot(losses, [1.0 / len(losses)] * len(losses))
-        weights = [value for matrix in w.values() for row in matrix for value in row]
-        train(weights, loss, steps=400, rate=0.03)
-        w = frozen(w)
-        accuracies[name] = [accuracy(w, samples)[0] for samples in (fresh, longer)]
-        rows.append([name, len(weights), *(f"{x:.1%}" for x in (*accuracies[name], paper))])
-    table(["fresh: told right", "weights", "8 steps", "16 steps", "paper (longer task)"], *rows)
-    delta = select([w["token"][token] for token in fresh[0][0]], w)[0]
-    top, marks = max(map(max, delta)), " ".join("0123·??"[token] for token in fresh[0][0])
-    print(f"\n  Δ of S6, up to {top:.2f}: channels down, tokens across, · noise\n   {marks}")
-    heatmap(zip(*delta), -top / 3.0, top)
-    lti, s6 = (right for right, _ in accuracies.values())
+    seen, fresh = sequences[::2], sequences[1::2]
+    longer = rng.sample(list(copying_sequences(16)), len(fresh))
+    start = s6_weights(rng, 8, 4, token=(7, 8), logits=(4, 8))
+    batches = [rng.choices(seen, k=6) for _ in range(400)]
+    for name, selective, paper in ("LTI", False, 0.183), ("S6", True, 0.970):
+        w = learn(trainable(start), batches, selective)
+        accuracies[name] = [accuracy(w, samples, selective)[0] for samples in (fresh, longer)]
+        rows.append([name, *(f"{share:.1%}" for share in (*accuracies[name], paper))])
+    table(["fresh sequences: told right", "8 steps", "16 steps", "paper (longer task)"], *rows)
+    lti, s6 = accuracies["LTI"][0], accuracies["S6"][0]
     check("fresh data: S6 ≥ 90 %, LTI ≤ 80 %", s6 >= 0.9 and lti <= 0.8, f"{s6:.1%}, {lti:.1%}")
-    return {"weights": w, "fresh": fresh, "accuracies": accuracies}
+    delta, _, _ = select([w["token"][token] for token in fresh[0][0]], w)
+    largest = max(map(max, delta))
+    print(f"\n  Δ of S6, solid {largest:.2f}: channels down, tokens across, · noise, ? questions")
+    print("  ", " ".join("0123·??"[token] for token in fresh[0][0]))
+    heatmap(zip(*delta), -largest / 3.0, largest)
+    return w, fresh, accuracies
 
 # 6. Constant state --------------------------------------------------------------------------------
-# Attention keeps a key and a value per token. The block keeps h and the convolution's last inputs.
+# Attention keeps a key and a value per token, and looks at all of them again for the next. The
+# Mamba block keeps h and the last inputs of its convolution, however long the text is.
 def mamba_step_cost(d_model, d_inner, d_state, d_conv):
-    """-> (multiply-adds per token, numbers kept per sequence) of a Mamba block."""
+    """-> (multiply-adds per token, bytes kept of a text, 16 bits a number) of a Mamba block."""
     work = 3 * d_model + d_conv + (d_inner + 2 * d_state) + (5 * d_state + 1)
-    return d_inner * work, d_inner * (d_conv - 1 + d_state)
-def attention_step(x, w, keys, values):
-    query, key, value = (linear([x], w[name])[0] for name in ("query", "key", "value"))
-    for kept, new in (keys, key), (values, value): kept.append(new)
-    weights = softmax([dot(query, key) / sqrt(len(x)) for key in keys])
-    return linear([[dot(weights, column) for column in zip(*values)]], w["mix"])
+    return d_inner * work, 2 * d_inner * (d_conv - 1 + d_state)
 
-def show_constant_state(rng, _, n=128, d=8, d_inner=16):
-    """A Mamba block and attention, token by token -> [(multiply-adds, bytes kept)] of each."""
-    four = dict.fromkeys(("query", "key", "value", "mix"), (d, d))
-    w = frozen(mamba_weights(rng, d, d_inner, 4, **four))
-    xs, ys = [[rng.gauss(0.0, 1.0) for _ in range(d)] for _ in range(n)], []
-    state, cache, mamba, attention = mamba_state(w, xs), ([], []), [], []
+def attention_step(query, key, value, keys, values):
+    keys.append(key)
+    values.append(value)
+    weights = softmax([dot(query, key) / sqrt(len(query)) for key in keys])
+    return [dot(weights, column) for column in zip(*values)]
+
+def show_constant_state(rng, n=128, d=8, d_inner=16):
+    w, xs, ys = mamba_weights(rng, d, d_inner, 4), gauss(rng, n, d), []
+    state, cache, mamba, attention = [], ([], []), [], []
+    def cost(kept): return COUNT.pop("multiply-adds"), 2 * sum(len(row) for m in kept for row in m)
+    COUNT.clear()                        # and pop() takes the count back to 0
     for x in xs:
-        for costs, kept in (mamba, state), (attention, cache):
-            COUNT.clear()
-            if kept is state: ys += mamba_block([x], w, state)
-            else: attention_step(x, w, *cache)
-            numbers = sum(len(row) for matrix in kept for row in matrix)
-            costs.append((COUNT["multiply-adds"], 2 * numbers))          # of 16 bits
-    work, numbers = mamba_step_cost(d, d_inner, 4, 4)
-    growing = [(4 * d * d + 2 * d * t, 4 * d * t) for t in range(1, n + 1)]
-    flat, rising = (list(enumerate((size for _, size in cost), 1)) for cost in (mamba, attention))
-    cross = next(b for a, b in zip(flat, rising) if b[1] > a[1])
-    plot("bytes kept over tokens read (both axes log)", {"Mamba": flat, "attention": rising,
-         f"crossing: token {cross[0]}": [cross]}, True, True, height=8)
+        ys += mamba_block([x], w, state)
+        mamba.append(cost(state))
+        attention_step(x, x, x, *cache)          # without projections: their cost does not grow
+        attention.append(cost(cache))
+    flat, rising = ([(t, size) for t, (_, size) in enumerate(c, 1)] for c in (mamba, attention))
+    crossing = next(point for point in rising if point[1] > flat[0][1])
+    curves = {"Mamba": flat, "attention": rising, f"crossing: token {crossing[0]}": [crossing]}
+    plot("bytes kept over tokens read (both axes log)", curves, True, True, height=8)
     check("token by token = all at once, bit for bit", ys == mamba_block(xs, w), f"{n} tokens")
-    check("at every token multiply-adds and bytes kept = formula; Mamba: constant",
-          mamba == [(work, 2 * numbers)] * n and attention == growing, f"{2 * numbers} bytes")
-    return {"Mamba": mamba, "attention": attention}
+    growing = [(2 * d * t, 4 * d * t) for t in range(1, n + 1)]
+    check("multiply-adds and bytes kept = formula, at every token; Mamba: constant",
+          mamba == [mamba_step_cost(d, d_inner, 4, 4)] * n and attention == growing)
+    return mamba, attention
 
 # 7. Duality ---------------------------------------------------------------------------------------
-# Mamba-2 has one A per head: the fading in response() is one factor L[t][s], and C[t]·B[s] remains.
-# That is attention with C for queries, B for keys, Δu for values, mask L for softmax: more work,
-# but in matrix products, which GPUs are built for. In chunks: attention in each, a state between.
+# y[t] is the sum of C[t]·e^(A (Δ[s+1] + ... + Δ[t])) Δ[s] B[s] u[s] over s <= t. With one A per
+# head, as in Mamba-2, the fading is one factor L[t][s], and C[t]·B[s] remains: attention with C for
+# queries, B for keys, Δu for values, mask L for softmax. It is more work, but in matrix products,
+# which GPUs are built for. In chunks: attention in each, a state between.
+def ssd_head(x, delta, a, B, C, size):
+    """ssd of one head: x [seq_len][head_dim], delta [seq_len], a number a -> y, like x."""
+    ys, state = [], zeros(len(x[0]), len(B[0]))
+    for start in range(0, len(x), size):
+        chunk = range(start, min(start + size, len(x)))
+        fade = dict(zip(chunk, accumulate(a * delta[t] for t in chunk)))     # left at t: e^fade[t]
+        values = list(zip(*([delta[s] * v for v in x[s]] for s in chunk)))   # [head_dim][chunk]
+        for t in chunk:
+            weights = [exp(fade[t] - fade[s]) * dot(C[t], B[s]) for s in range(start, t + 1)]
+            inside = [dot(weights, value[:len(weights)]) for value in values]    # attention
+            before = [exp(fade[t]) * dot(C[t], h) if start > 0 else 0.0 for h in state]
+            ys.append(list(map(add, inside, before)))
+        if t + 1 < len(x):               # the state for the next chunk
+            keys = list(zip(*([exp(fade[t] - fade[s]) * b for b in B[s]] for s in chunk)))
+            state = [[exp(fade[t]) * old + dot(key, value) for old, key in zip(h, keys)]
+                     for h, value in zip(state, values)]
+    return ys
+
 def ssd(x, delta, A, B, C, chunk_size=None):
     """x: [seq_len][n_heads][head_dim], delta: [seq_len][n_heads], A: [n_heads], B, C:
     [seq_len][d_state] for all heads; floats -> y, like x, without D. Dao & Gu 2024, section 6.
     chunk_size None: one chunk, masked attention. ValueError if < 1 or if the shapes do not fit."""
     n, size = len(x), len(x) if chunk_size is None else chunk_size
     if not x or not B or size < 1: raise ValueError(f"{n} steps, B {len(B)}, chunk_size {size}")
-    check_shapes(("delta", delta, n, len(A)), ("B", B, n, len(B[0])), ("C", C, n, len(B[0])),
-                 *(("x", heads, len(A), len((x[0] or [[]])[0])) for heads in x))
-    ys, states = [[] for _ in x], [[[0.0] * len(B[0]) for _ in x[0][0]] for _ in A]
-    for start in range(0, n, size):
-        steps = range(start, min(start + size, n))
-        scores = [[dot(C[t], B[s]) for s in range(start, t + 1)] for t in steps]
-        for i, a in enumerate(A):
-            age = list(accumulate(a * delta[t][i] for t in steps))
-            values = list(zip(*([delta[t][i] * v for v in x[t][i]] for t in steps)))
-            for t, now, row in zip(steps, age, scores):
-                masked = [exp(now - then) * score for then, score in zip(age, row)]
-                ys[t].append([dot(masked, value[:len(masked)]) for value in values])
-                if not start: continue
-                ys[t][i] = [v + exp(now) * dot(C[t], h) for v, h in zip(ys[t][i], states[i])]
-            if steps[-1] == n - 1: continue                  # nobody would read this state
-            keys = [[exp(age[-1] - then) * b for b in B[t]] for t, then in zip(steps, age)]
-            states[i] = [[exp(age[-1]) * old + dot(key, value) for old, key in zip(h, zip(*keys))]
-                         for h, value in zip(states[i], values)]
-    return ys
+    check_shapes(delta=(delta, n, len(A)), B=(B, n, len(B[0])), C=(C, n, len(B[0])))
+    for heads in x: check_shapes(x=(heads, len(A), len((x[0] or [[]])[0])))
+    heads = [ssd_head(*head, B, C, size) for head in zip(zip(*x), zip(*delta), A)]
+    return list(map(list, zip(*heads)))  # [n_heads][seq_len] -> [seq_len][n_heads]
 
-def show_duality(rng, _, n=64, N=8, a=-0.5):
-    """One head of 8 channels as recurrence, and in chunks of all sizes -> their multiply-adds."""
-    u, B, C = ([[rng.gauss(0.0, 1.0) for _ in range(8)] for _ in range(n)] for _ in range(3))
-    delta, counts, error = [[rng.uniform(0.01, 0.5)] for _ in range(n)], {}, 0.0
-    recurrence = selective_scan(u, [step * 8 for step in delta], [[a] * N] * 8, B, C, [0.0] * 8)
+def show_duality(rng, n=64, N=8, a=-0.5):
+    u, B, C = (gauss(rng, n, N) for _ in range(3))
+    delta, counted, error = [[rng.uniform(0.01, 0.5)] for _ in range(n)], {}, 0.0
+    expected = selective_scan(u, [step * N for step in delta], [[a] * N] * N, B, C, [0.0] * N)
     for size in (1, 2, 4, 8, 16, 32, 64):
         COUNT.clear()
         y = ssd([[row] for row in u], delta, [a], B, C, size)
-        counts[size] = COUNT["multiply-adds"]
-        error = max(error, largest_difference([row for row, in y], recurrence))
-    bars([(f"chunks of {size}", count) for size, count in counts.items()], " multiply-adds", 40)
+        counted[size] = COUNT["multiply-adds"]
+        error = max(error, gap([row[0] for row in y], expected))
+    bars([(f"chunks of {size}", count) for size, count in counted.items()], " multiply-adds", 40)
     check("recurrence = masked attention = chunks", error < 1e-12, f"{error:.0e}")
     check("multiply-adds in chunks: counted = formula", all(
-        count == (size + 1) * n // 2 * (N + 8) + 2 * (n - size) * 8 * N
-        for size, count in counts.items()), f"{counts[1]:,} to {counts[n]:,}")
-    return counts
+        count == (size + 1) * n * N + 2 * (n - size) * N * N for size, count in counted.items()))
+    return counted
 
 # 8. The bugs people ship --------------------------------------------------------------------------
-def show_bugs(rng, before):
-    """Each bug in the trained S6: what it still tells right; then a convolution that sees ahead."""
-    w, samples = (before["show_copying"][key] for key in ("weights", "fresh"))
-    bugs = {"none": {}, "A positive": {"rate": lambda x: -negative_exp(x)},
-            "Δ without softplus": {"positive": lambda x: x},
-            "state never reset": {"scan": partial(selective_scan, state=zeros(8, 4, w["D"]))},
-            "A by Euler": {"scan": partial(parallel_scan, method="euler")}}
-    results, slopes = {name: accuracy(w, samples, **bug) for name, bug in bugs.items()}, []
-    table(["trained S6, fresh sequences", "told right", "largest |logit|"],
+# None of them raises an error. The first four are committed in the S6 that was just trained.
+def show_bugs(rng, w, samples):
+    def by_euler(h, delta, a, b, u): return (1.0 + delta * a) * h + delta * b * u
+    bugs = {"none": {}, "A positive": {"rate": exp}, "Δ without softplus": {"positive": float},
+            "state never reset": {"state": zeros(8, 4)}, "A by Euler": {"update": by_euler}}
+    results = {name: accuracy(w, samples, **bug) for name, bug in bugs.items()}
+    table(["bug in the trained S6", "fresh: told right", "largest |logit|"],
           *([name, f"{right:.1%}", f"{logit:.2g}"] for name, (right, logit) in results.items()))
-    mamba = mamba_weights(rng, 4, 8, 4)
-    for ahead in (0, 3):
-        xs = [[Value(rng.gauss(0.0, 1.0)) for _ in range(4)] for _ in range(8)]
-        mamba_block(xs, mamba, ahead=ahead)[3][0].backward()
-        slopes.append([sqrt(sum(v.grad ** 2 for v in x)) for x in xs])
+    check("a state never reset changes the logits", results["none"] != results["state never reset"])
     print("\n  gradient of output 4 at inputs 1 to 8, convolution padded left; right (the bug)")
-    for row in slopes: print("  ", *(f"{slope:.3f}" for slope in row))
-    right, wrong = results["none"][1], results["state never reset"][1]
-    check("a state never reset changes the logits", right != wrong, f"{right:.1f}, {wrong:.1f}")
-    right, wrong = max(slopes[0][4:]), min(slopes[1][4:7])
-    check("later inputs seen only if padded right", 0 == right < wrong, f"{right}, {wrong:.0e}")
+    block, slopes = trainable(mamba_weights(rng, 4, 8, 4)), []
+    for ahead in (0, 3):
+        xs = [list(map(Value, row)) for row in gauss(rng, 8, 4)]
+        mamba_block(xs, block, ahead=ahead)[3][0].backward()
+        slopes.append([sqrt(sum(x.grad ** 2 for x in row)) for row in xs])
+        print("  ", *(f"{slope:.3f}" for slope in slopes[-1]))
+    check("later inputs seen only if padded right", max(slopes[0][4:]) == 0.0 < min(slopes[1][4:7]))
     return results | {"slopes": slopes}
 
 # 9. The real world --------------------------------------------------------------------------------
-# Mamba-2.8B, public config: layers, d_model, d_inner, d_state, d_conv. Its block has about
-# 3 d_model d_inner weights, a transformer layer 12 d_model²: the same size is half the layers.
-def show_real_world(*_, N=6):
-    """State beside KV cache, where they cross; then a message that a small state cannot hold."""
-    n_layers, d_model, d_inner, d_state, d_conv = 64, 2560, 5120, 16, 4
+# Mamba-2.8B, public config. Its block has about 3 d_model d_inner weights, a transformer layer
+# 12 d_model²: of the same size, it has half the layers. The price of a constant state: 8 bits end
+# in one of 2^8 ways, whatever they have read. Recall of m tokens needs a state of order m.
+def show_real_world(n_layers=64, d_model=2560, d_inner=5120, d_state=16, d_conv=4):
     n_attention = n_layers * 3 * d_inner // (12 * d_model)
-    state = 2 * n_layers * mamba_step_cost(d_model, d_inner, d_state, d_conv)[1]     # 16 bits
+    state = n_layers * mamba_step_cost(d_model, d_inner, d_state, d_conv)[1]
     per_token = 2 * 2 * n_attention * d_model
     table(["tokens", "Mamba-2.8B: state", f"KV cache, {n_attention} layers as wide, 16 bits"], *(
         [n, f"{state / 1e6:.1f} MB", f"{per_token * n / 1e9:.2f} GB"]
         for n in (2_000, 32_000, 1_000_000)))
     print(f"  The cache outgrows the state at token {state // per_token + 1}.\n")
-    # Recall of m tokens needs a state of order m. N + 1 inputs leave h = u[0] ā^N + ... + u[N], a
-    # polynomial in ā: with the coefficients of (z - ā[0]) (z - ā[1]) ... for inputs, all h are 0.
-    message, decays = [1.0], [exp(-0.15 * (n + 1)) for n in range(N)]
-    for a in decays: message = [x - a * y for x, y in zip([*message, 0.0], [0.0, *message])]
-    states = [associative_scan([(a, u) for u in message]) for a in decays]
-    sizes = [max(map(abs, h)) for h in zip(*states)]
-    table([f"{N} numbers of state read", *(f"{u:+.3f}" for u in message)],
-          ["largest |h| after it", *(f"{size:.0e}" for size in sizes)])
-    check(f"{N} numbers lose a message of {N + 1}", sizes[-1] < 1e-12, f"state {sizes[-1]:.0e}")
-    return {"state": state, "per_token": per_token, "trace": sizes}
+    told_apart = {}
+    for m in (4, 8, 12):
+        messages = product([(0.5, 0.0), (0.5, 1.0)], repeat=m)   # m bits b, of h = h / 2 + b
+        told_apart[2 ** m] = len({int(128.0 * recurrence(pairs)[-1]) for pairs in messages})
+    table(["messages", "different states of 8 bits after them"], *told_apart.items())
+    check("a state of 8 bits tells at most 2^8 messages apart", max(told_apart.values()) == 256)
+    return state, per_token, told_apart
 
 # Report -------------------------------------------------------------------------------------------
 # >>> shared: report (printing, charts, checks, command line; the same in every script)
@@ -624,15 +621,18 @@ def run(main, **readers):
 # <<< shared: report
 
 def main(seed=42):
-    """Run all sections -> the measurements, by name of the function that made them."""
-    started, rng, results = begin(), random.Random(seed), {}
-    for title, show in {
-            "1. Autograd": show_autograd, "2. Continuous to discrete": show_discretization,
-            "3. Three programs": show_programs, "4. Selection": show_selection,
-            "5. Selective copying": show_copying, "6. Constant state": show_constant_state,
-            "7. Duality": show_duality, "8. The bugs people ship": show_bugs,
-            "9. The real world": show_real_world}.items():
-        results[show.__name__] = section(title, show, rng, results)
-    return finish(started, **results)
+    """Run all sections -> the measurements."""
+    started, rng = begin(), random.Random(seed)
+    section("1. Autograd", show_autograd, rng)
+    orders = section("2. Continuous to discrete", show_discretization)
+    programs = section("3. Three programs", show_programs, rng)
+    kernels = section("4. Selection", show_selection, rng)
+    w, fresh, accuracies = section("5. Selective copying", show_copying, rng)
+    costs = section("6. Constant state", show_constant_state, rng)
+    chunks = section("7. Duality", show_duality, rng)
+    bugs = section("8. The bugs people ship", show_bugs, rng, w, fresh)
+    sizes = section("9. The real world", show_real_world)
+    return finish(started, orders=orders, programs=programs, kernels=kernels, fresh=fresh,
+                  accuracies=accuracies, costs=costs, chunks=chunks, bugs=bugs, sizes=sizes)
 
 if __name__ == "__main__": run(main)

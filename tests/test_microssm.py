@@ -36,7 +36,19 @@ def by_hand(u, delta, A, B, C, D):
 
 
 def close(a, b, tolerance=1e-10):
-    return ssm.largest_difference(a, b) < tolerance
+    return ssm.gap(a, b) < tolerance
+
+
+def by_trees(u, delta, A, B, C, D):
+    """A tree for each number of the state."""
+    ys = [[d * x for d, x in zip(D, row)] for row in u]
+    for i in range(len(D)):
+        for j in range(len(A[0])):
+            pairs = [(math.exp(delta[t][i] * A[i][j]), delta[t][i] * B[t][j] * u[t][i])
+                     for t in range(len(u))]
+            for t, h in enumerate(ssm.associative_scan(pairs)):
+                ys[t][i] += C[t][j] * h
+    return ys
 
 
 @given(SEEDS, st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
@@ -45,13 +57,7 @@ def test_scans_are_the_definition(seed, n, d_inner, d_state):
     arguments = scan_arguments(random.Random(seed), n, d_inner, d_state)
     expected = by_hand(*arguments)
     assert close(ssm.selective_scan(*arguments), expected)
-    assert close(ssm.parallel_scan(*arguments), expected)
-    u, delta, A, B, C, D = arguments
-    for i in range(d_inner):             # response() is the matrix of the layer
-        steps = [row[i] for row in delta]
-        y = [sum(ssm.response(t, s, steps, A[i], B, C) * u[s][i] for s in range(t + 1))
-             + D[i] * u[t][i] for t in range(n)]
-        assert close(y, [row[i] for row in expected])
+    assert close(by_trees(*arguments), expected)
 
 
 @given(SEEDS, st.integers(2, 12), st.integers(1, 11))
@@ -65,27 +71,31 @@ def test_a_scan_goes_on_where_it_stopped(seed, n, cut):
     assert y == ssm.selective_scan(u, delta, A, B, C, D)
 
 
-@given(SEEDS, st.integers(1, 40))
+@given(st.floats(-1.2, 1.2), st.lists(st.floats(-10, 10), min_size=1, max_size=40))
 @quick
-def test_convolution_is_the_constant_scan(seed, n):
-    rng = random.Random(seed)
-    u, delta, A, B, C, D = scan_arguments(rng, n, 1, 3)
-    arguments = u, delta[:1] * n, A, B[:1] * n, C[:1] * n, D
-    assert close(ssm.convolution(*arguments), ssm.selective_scan(*arguments))
+def test_convolution_is_the_constant_recurrence(a, inflows):
+    pairs = [(a, b) for b in inflows]
+    expected = ssm.recurrence(pairs)
+    ssm.COUNT.clear()
+    n = len(pairs)
+    assert ssm.convolution(pairs) == pytest.approx(expected, rel=1e-9, abs=1e-8)
+    assert ssm.COUNT["multiply-adds"] == n + n * (n + 1) // 2 and ssm.COUNT["steps in a row"] == 1
 
 
 @given(st.lists(st.tuples(st.floats(-1.5, 1.5), st.floats(-10, 10)), min_size=1, max_size=40))
 @quick
 def test_associative_scan_is_the_loop(pairs):
-    ssm.COUNT.clear()
     h, expected = 0.0, []
     for a, b in pairs:
         h = a * h + b
         expected.append(h)
+    assert ssm.recurrence(pairs) == expected
+    ssm.COUNT.clear()
     assert ssm.associative_scan(pairs) == pytest.approx(expected, rel=1e-9, abs=1e-6)
     size = 1 << (len(pairs) - 1).bit_length()
     assert ssm.COUNT["multiply-adds"] == 4 * (size - 1)
     assert ssm.COUNT["steps in a row"] == 2 * int(math.log2(size))
+    assert ssm.COUNT["numbers held"] == 2 * (2 * size - 1)
 
 
 def test_associative_scan_takes_values():
@@ -134,7 +144,7 @@ def test_fused_nodes_have_the_slope_of_the_function(seed):
     for function, x in functions:
         leaves = list(map(ssm.Value, x))
         y = function(*leaves)
-        assert len(ssm.TAPE) == 1 and y.data == function(*x)
+        assert len(ssm.TAPE) == 1 + (function is ssm.silu) and y.data == function(*x)
         y.backward()
         for i, leaf in enumerate(leaves):
             low, high = (function(*x[:i], x[i] + h, *x[i + 1:]) for h in (-1e-5, 1e-5))
@@ -169,14 +179,13 @@ def test_ssd_is_the_scan_in_any_chunks(seed, n, n_heads, head_dim, d_state, chun
 @quick
 def test_mamba_block_streams_and_is_causal(seed, d_conv, n):
     rng = random.Random(seed)
-    w = ssm.frozen(ssm.mamba_weights(rng, 3, 5, 2, d_conv))
+    w = ssm.mamba_weights(rng, 3, 5, 2, d_conv)
     xs = matrix(rng, n, 3)
-    whole, state, cut = ssm.mamba_block(xs, w), ssm.mamba_state(w, xs), rng.randrange(1, n)
-    before = [list(map(list, part)) for part in state]
+    whole, state, cut = ssm.mamba_block(xs, w), [], rng.randrange(1, n)
     parts = ssm.mamba_block(xs[:cut], w, state) + ssm.mamba_block(xs[cut:], w, state)
     assert parts == whole
-    assert [(len(p), len(p[0]) if p else 0) for p in state] == [(len(p), len(p[0]) if p else 0)
-                                                               for p in before]
+    window, h = state
+    assert list(map(len, window)) == [5] * (d_conv - 1) and list(map(len, h)) == [2] * 5
     changed = xs[:-1] + [[9.0, 9.0, 9.0]]
     assert ssm.mamba_block(changed, w)[:-1] == whole[:-1]
     assert ssm.mamba_block(changed, w)[-1] != whole[-1]
@@ -184,23 +193,46 @@ def test_mamba_block_streams_and_is_causal(seed, d_conv, n):
 
 def test_selection_is_what_the_weights_say():
     rng = random.Random(3)
-    lti, s6 = (ssm.frozen(ssm.s6_weights(rng, 3, 2, selective)) for selective in (False, True))
-    u = matrix(rng, 4, 3)
-    for part in ssm.select(u, lti):
-        assert len(part) == 4 and all(row == part[0] for row in part)
-    delta, B, C = ssm.select(u, s6)
+    w, u = ssm.s6_weights(rng, 3, 2), matrix(rng, 4, 3)
+    delta, B, C = ssm.select(u, w)
     assert all(len({tuple(row) for row in part}) == 4 for part in (delta, B, C))
-    raw = sum(a * b for a, b in zip(s6["W_delta"][1], u[2])) + s6["delta_bias"][0][1]
+    raw = sum(a * b for a, b in zip(w["W_delta"][1], u[2])) + w["delta_bias"][0][1]
     assert delta[2][1] == pytest.approx(math.log1p(math.exp(raw)))
-    assert min(map(min, delta)) > 0.0 > max(map(max, ssm.decay_rates(s6)))
-    assert ssm.decay_rates(s6)[0] == pytest.approx([-1.0, -2.0])
-    steps = ssm.select(u, lti)[0][0]
+    assert B[2][1] == pytest.approx(sum(a * b for a, b in zip(w["W_B"][1], u[2])))
+    assert min(map(min, delta)) > 0.0 > max(map(max, ssm.decay_rates(w)))
+    assert ssm.decay_rates(w)[0] == pytest.approx([-1.0, -2.0])
+    steps = [math.log1p(math.exp(bias)) for bias in w["delta_bias"][0]]
     assert all(0.1 <= step <= 1.0 for step in steps)
+
+
+def test_weights_become_values_and_floats_again():
+    w = ssm.s6_weights(random.Random(4), 3, 2, extra=(5, 3))
+    values = ssm.trainable(w)
+    assert all(type(x) is ssm.Value for m in values.values() for row in m for x in row)
+    assert ssm.frozen(values) == w and [len(w["extra"]), len(w["extra"][0])] == [5, 3]
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_answers_are_those_of_the_layer_token_by_token(selective):
+    """answer() computes delta, B and C once for each kind of token: the same numbers."""
+    w = ssm.s6_weights(random.Random(5), 8, 4, token=(7, 8), logits=(4, 8))
+    tokens, data = [4, 2, 4, 0, 5, 6], (2, 0)
+    u = [w["token"][token] for token in tokens]
+    delta, B, C = ssm.select(u if selective else [[1.0] * 8] * 6, w)
+    ys = ssm.selective_scan(u, delta, ssm.decay_rates(w), B, C, w["D"][0])
+    (first, one), (second, other) = ssm.answer(w, [(tokens, data)], selective)
+    assert [first, second] == ssm.linear(ys[-2:], w["logits"]) and (one, other) == data
+
+
+def test_accuracy_counts_the_largest_logit(monkeypatch):
+    results = [([1.0, -9.0], 0), ([2.0, 3.0], 0), ([5.0, 4.0], 0), ([0.0, 1.0], 1)]
+    monkeypatch.setattr(ssm, "answer", lambda *arguments, **options: results)
+    assert ssm.accuracy({}, []) == (0.75, 9.0)
 
 
 @pytest.mark.parametrize("n_steps", [2, 3, 8])
 def test_copying_task(n_steps):
-    sequences = ssm.copying_sequences(n_steps)
+    sequences = list(ssm.copying_sequences(n_steps))
     assert len(sequences) == len({tuple(t) for t, _ in sequences}) == math.comb(n_steps, 2) * 16
     for tokens, data in sequences:
         assert len(tokens) == n_steps + 2 and tokens[-2:] == [5, 6]
@@ -223,8 +255,9 @@ def test_refuses_what_does_not_fit():
                 ssm.selective_scan(*bad)
     with pytest.raises(ValueError):
         ssm.selective_scan([], [], [], [], [], [])
-    with pytest.raises(ValueError, match="state"):
-        ssm.selective_scan(*good, [[0.0] * 2] * 2)
+    for state in ([[0.0] * 2] * 2, [[0.0]] * 3, []):
+        with pytest.raises(ValueError, match="state"):
+            ssm.selective_scan(*good, state)
     with pytest.raises(ValueError, match="0 pairs"):
         ssm.associative_scan([])
     for delta, method in ((0.0, "zoh"), (-0.5, "euler"), (math.nan, "zoh"), (0.5, "ZOH")):
@@ -244,23 +277,22 @@ def test_refuses_what_does_not_fit():
 def test_key_figures(seed, measured):
     results = measured("microssm", seed)
     assert all(results["checks"].values())
-    assert results["show_discretization"] == pytest.approx([1.0, 2.0], abs=0.1)
-    accuracies = results["show_copying"]["accuracies"]
+    assert results["orders"] == pytest.approx([1.0, 2.0], abs=0.1)
+    accuracies = results["accuracies"]
     assert accuracies["S6"][0] > 0.95 and accuracies["S6"][1] > 0.9          # and twice as long
     assert 0.5 < accuracies["LTI"][0] < 0.8 and accuracies["LTI"][1] < 0.75
-    mamba, attention = results["show_constant_state"].values()
+    mamba, attention = results["costs"]
     assert len(set(mamba)) == 1 and attention[-1][1] == 128 * attention[0][1] > mamba[0][1]
-    chunks = list(results["show_duality"].values())
+    chunks = list(results["chunks"].values())
     assert chunks == sorted(chunks) and chunks[-1] > 3 * chunks[0]
-    counted = {name: cost[0] for name, cost in results["show_programs"].items()}
-    assert [counted[name][0] for name in counted] == [250, 1, 16]
-    lti, *s6 = results["show_selection"]
-    assert lti < 1e-12 and min(s6) > 1e-3
+    assert [counted[0] for counted in results["programs"].values()] == [250, 1, 16]
+    lti, s6 = results["kernels"]
+    assert lti < 1e-12 and s6 > 1e-3
 
 
 @pytest.mark.parametrize("seed", [42])
 def test_exhibits(seed, measured):
-    bugs = measured("microssm", seed)["show_bugs"]
+    bugs = measured("microssm", seed)["bugs"]
     right, logit = bugs["none"]
     assert right > 0.95 and logit < 1e4
     for name in ("A positive", "Δ without softplus", "A by Euler"):
@@ -273,38 +305,40 @@ def test_exhibits(seed, measured):
 
 def test_real_world(measured):
     """Figures that follow by hand: 64 layers of 5120 channels; 32 layers of 2560 keys and values."""
-    sizes = measured("microssm", 42)["show_real_world"]
-    assert sizes["state"] == 64 * 5120 * (16 + 3) * 2
-    assert sizes["per_token"] == 32 * 2 * 2560 * 2
-    assert sizes["trace"][-1] < 1e-12 < 0.1 < max(sizes["trace"])
+    state, per_token, told_apart = measured("microssm", 42)["sizes"]
+    assert state == 64 * 5120 * (16 + 3) * 2
+    assert per_token == 32 * 2 * 2560 * 2
+    assert told_apart == {16: 16, 256: 256, 4096: 256}
 
 
 def test_step_cost_by_hand():
     """d_model 1, d_inner 1, d_state 1, d_conv 1: in 2, conv 1, Δ B C 3, scan 4 + 2, out 1."""
-    assert ssm.mamba_step_cost(1, 1, 1, 1) == (13, 1)
-    assert ssm.mamba_step_cost(2, 4, 3, 5)[1] == 4 * (4 + 3)
+    assert ssm.mamba_step_cost(1, 1, 1, 1) == (13, 2)
+    assert ssm.mamba_step_cost(2, 4, 3, 5)[1] == 2 * 4 * (4 + 3)
 
 
 def test_fresh_sequences_are_half_of_all(measured):
-    fresh = measured("microssm", 42)["show_copying"]["fresh"]
-    every = ssm.copying_sequences(8)
+    fresh = measured("microssm", 42)["fresh"]
+    every = list(ssm.copying_sequences(8))
     assert len(fresh) == len(every) // 2 == len({tuple(t) for t, _ in fresh})
     assert all(sequence in every for sequence in fresh)
 
 
-def test_training_sees_no_sequence_that_is_asked_later(monkeypatch):
-    """Both layers train on the same sequences, none of them among the fresh ones."""
-    seen, answer = {}, ssm.answer
+def test_both_layers_train_on_the_same_and_on_none_that_is_asked_later(monkeypatch):
+    """The same sequences, from the same weights, and no sequence that is among the fresh ones."""
+    seen, begins, answer = {True: [], False: []}, {}, ssm.answer
 
-    def spy(w, samples, **bug):
+    def spy(w, samples, selective=True, **bug):
         if type(w["token"][0][0]) is ssm.Value:
-            seen.setdefault("W_B" in w, []).extend(tuple(tokens) for tokens, _ in samples)
-        return answer(w, samples, **bug)
+            seen[selective] += [tuple(tokens) for tokens, _ in samples]
+            begins.setdefault(selective, ssm.frozen(w))
+        return answer(w, samples, selective, **bug)
     monkeypatch.setattr(ssm, "answer", spy)
     monkeypatch.setattr(ssm, "train", lambda weights, loss, steps, rate: [loss(i) for i in range(4)])
-    fresh = ssm.show_copying(random.Random(1), {})["fresh"]
+    _, fresh, _ = ssm.show_copying(random.Random(1))
     ssm.TAPE.clear()
     assert len(seen[True]) == 24 and seen[True] == seen[False]
+    assert begins[True] == begins[False]
     assert not set(seen[True]) & {tuple(tokens) for tokens, _ in fresh}
 
 
