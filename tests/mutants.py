@@ -5,8 +5,11 @@
 A mutant is [text, replacement], in mutants.json; the text occurs exactly once in the script, which a
 test makes sure of. Each mutant runs in a copy of the checkout. Exit status 1 if one survives.
 """
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +18,21 @@ from pathlib import Path
 from collection import ROOT, SCRIPTS, source
 
 MUTANTS = json.loads((Path(__file__).parent / "mutants.json").read_text(encoding="utf-8"))
+PATIENCE = 200                           # seconds for a suite; the longest takes about 60
+
+
+def passes(arguments, directory):
+    """Run pytest -> whether all tests passed. A suite that hangs has not."""
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", *arguments]
+    suite = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return suite.wait(PATIENCE) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(suite.pid, signal.SIGKILL)         # and whatever it has started
 
 
 def survives(name, text, replacement, root):
@@ -25,8 +43,7 @@ def survives(name, text, replacement, root):
     tests = [test for test in (f"test_{name}.py", "test_autograd.py", f"test_oracle_{name}.py")
              if (root / "tests" / test).exists()]
     runs = [tests, ["test_scripts.py", "-k", f"{name} and (checks_hold or refused or clear_line)"]]
-    passed = all(subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", *run], cwd=root / "tests",
-                                capture_output=True, timeout=600).returncode == 0 for run in runs)
+    passed = all(passes(run, root / "tests") for run in runs)
     (root / f"{name}.py").write_text(source(name), encoding="utf-8")
     return passed
 

@@ -76,7 +76,7 @@ def test_keeps_its_wall_clock_budget(name, first_run):
 def test_output_is_a_picture_of_100_columns(name, first_run):
     out = first_run(name).out
     assert max(map(len, out.split("\n"))) <= 100
-    assert out.count("\n") <= 170
+    assert out.count("\n") <= 160
     assert not re.search(r"[ \t]+$", out, re.M) and "\n\n\n" not in out
     assert not re.search(r"\b(nan|inf)\b", out, re.I) or "nan" in source(name).lower()
 
