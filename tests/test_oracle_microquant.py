@@ -1,5 +1,4 @@
 """microquant's codes against gguf (byte for byte), PyTorch's fake quantization, published GPTQ."""
-import math
 import random
 
 import pytest
@@ -54,10 +53,9 @@ def test_fake_quantize_per_channel(seed, symmetric):
     torch = pytest.importorskip("torch")
     rng = random.Random(seed)
     bits, m, n = rng.choice([2, 3, 4, 8]), rng.randint(1, 6), rng.choice([1, 2, 7, 33])
-    shift = rng.choice([0.0, 3.0, -3.0])
     # On a grid of scale 2^-k torch's float32 arithmetic is exact too, ties included.
     unit, high = 2.0 ** -rng.randint(0, 8), (1 << bits - 1) - 1
-    weight, zero_points = [], []
+    weight = []
     for _ in range(m):
         top = unit * (high if symmetric else 2 * high + 1)
         least, most = (-4 * high, 4 * high) if symmetric else (0, 8 * high + 4)
