@@ -17,9 +17,10 @@ comes in pieces (pipeline parallelism). The devices here are processes, connecte
   6. The bugs people ship  a sum too late, too often, not at all, or in the wrong order
   7. The real world        Llama-3.1 on eight devices, and which way of cutting it is faster
 """
-import argparse, codecs, contextlib, gc, itertools, os, random, signal, sys, threading, time, timeit
-import array, multiprocessing.connection, multiprocessing.resource_tracker
-from collections import defaultdict
+import argparse, array, codecs, contextlib, gc, os, random, signal, sys, time, timeit
+import multiprocessing.resource_tracker
+from collections import defaultdict, namedtuple
+from itertools import combinations
 from math import exp, log, sqrt
 from operator import mul
 
@@ -123,408 +124,409 @@ def train(parameters, loss_at, steps, rate):
     return curve
 # <<< shared: autograd
 
-def show_autograd(rng):
-    x = [Value(rng.gauss(0.0, 1.0)) for _ in range(16)]
-    cross_entropy(softmax(x), 0).backward()
-    print(f"  Derivatives of a softmax of {len(x)} numbers sum to {sum(v.grad for v in x):.1e}.")
-    check("derivatives of a softmax sum to 0", abs(sum(value.grad for value in x)) < 1e-12)
+def show_autograd(x):
+    (x * x).backward()
+    (x * 3.0).backward()                 # a second graph, as when a batch comes in pieces
+    print(f"  gradients of x² and 3x add up to {x.grad:.9f}; 2x + 3 is {2.0 * x.data + 3.0:.9f}")
+    check("gradients of two graphs add up", abs(x.grad - 2.0 * x.data - 3.0) < 1e-12)
 
 # 2. The model -------------------------------------------------------------------------------------
-# Written once, as the code of a rank: a world of one is one device. enter(), leave(): section 4.
-VOCAB_SIZE, SEQ_LEN, D_MODEL, N_HEADS = 8, 6, 8, 4
-def each(function, tree):
-    """Nested lists and dictionaries with function(leaf) in the place of every leaf."""
-    if type(tree) is dict: return {name: each(function, branch) for name, branch in tree.items()}
-    return [each(function, x) for x in tree] if type(tree) in (list, tuple) else function(tree)
-def leaves(tree):
-    found = []
-    each(found.append, tree)
-    return found
+# The task: at each position of a sequence of tokens, numbers from 0 to 7, name the largest so far.
+# A token is a vector, 1 at its place and else 0. In a layer, attention lets a position take
+# something over from those before it, in several searches side by side, the heads; then an MLP, two
+# matrices with relu in between, works on each position by itself. Both add to the vector, which in
+# the end scores every token. (A real model has look-up tables, positions and norms, too.) The code
+# is that of a rank: one device of a world. Alone, enter() and leave() (section 4) do nothing.
+SEQ_LEN, D_MODEL, N_HEADS = 6, 8, 4
+def each(f, tree): return [each(f, x) for x in tree] if type(tree) in (list, tuple) else f(tree)
+def leaves(tree): return sum(map(leaves, tree), []) if type(tree) in (list, tuple) else [tree]
+def off(a, b): return max(abs(x - y) for x, y in zip(leaves(a), leaves(b), strict=True))
+def add(a, b): return [x + y for x, y in zip(a, b, strict=True)]
+def chunk(vector, i, n): return vector[len(vector) * i // n:len(vector) * (i + 1) // n]
+def rows_of(vector, width): return [vector[i:i + width] for i in range(0, len(vector), width)]
+def relu_rows(rows): return [[relu(x) for x in row] for row in rows]
+def mean_loss(logits, targets): return sum(map(cross_entropy, logits, targets)) / len(targets)
+def mlp(xs, up, down): return linear(relu_rows(linear(xs, up)), list(zip(*down)))
+
+def attention(xs, query, key, value, out):
+    """xs [n][d_model], some heads' rows of the matrices -> [n][d_model]"""
+    queries, keys, values = linear(xs, query), linear(xs, key), linear(xs, value)
+    head_dim, mixed = len(xs[0]) // N_HEADS, [[] for _ in xs]
+    for start in range(0, len(query), head_dim):
+        head = slice(start, start + head_dim)
+        columns = list(zip(*(row[head] for row in values)))
+        for i, q in enumerate(queries):
+            weights = softmax([dot(q[head], k[head]) * head_dim ** -0.5 for k in keys[:i + 1]])
+            mixed[i] += [dot(weights, column[:i + 1]) for column in columns]
+    return linear(mixed, list(zip(*out)))
+
+def forward(rank, world, model, xs):
+    """xs [n][d_model] -> [n][d_model], through all layers of the model."""
+    for heads, hidden_units, bias in model:
+        for part, weights in (attention, heads), (mlp, hidden_units):
+            ys = leave(rank, world, part(enter(rank, world, xs), *weights))
+            xs = list(map(add, xs, ys))
+        xs = [add(x, bias) for x in xs]                      # after the sum over the ranks
+    return xs
 
 def new_model(rng, n_layers, d=D_MODEL):
-    def matrix(m, n): return [[rng.gauss(0.0, n ** -0.5) for _ in range(n)] for _ in range(m)]
-    ends = {"token": VOCAB_SIZE, "position": SEQ_LEN, "logits": VOCAB_SIZE}
-    shapes = {"query": (d, d), "key": (d, d), "value": (d, d), "out": (d, d),
-              "up": (4 * d, d), "down": (d, 4 * d), "bias": (1, d)}
-    layers = [{name: matrix(*shape) for name, shape in shapes.items()} for _ in range(n_layers)]
-    return {"layers": layers} | {name: matrix(n, d) for name, n in ends.items()}
+    """-> [[query, key, value, out], [up, down], bias] a layer; `out` and `down` are transposed."""
+    def rows(n): return [[rng.gauss(0.0, 0.5 * d ** -0.5) for _ in range(d)] for _ in range(n)]
+    def layer(): return [[rows(d) for _ in range(4)], [rows(4 * d), rows(4 * d)], rows(1)[0]]
+    return [layer() for _ in range(n_layers)]
 
 def new_example(rng):
-    tokens = [rng.randrange(VOCAB_SIZE) for _ in range(SEQ_LEN)]     # which is the largest so far?
-    return tokens, [max(tokens[:i + 1]) for i in range(SEQ_LEN)]
+    tokens = [rng.randrange(D_MODEL) for _ in range(SEQ_LEN)]
+    vectors = [[float(i == token) for i in range(D_MODEL)] for token in tokens]
+    return vectors, [max(tokens[:i + 1]) for i in range(SEQ_LEN)]
 
-def add(a, b): return [x + y for x, y in zip(a, b)]
-def relu_rows(rows): return [list(map(relu, row)) for row in rows]
-def rmsnorm(x):
-    scale = (dot(x, x) / len(x) + 1e-5) ** -0.5
-    return [value * scale for value in x]
-
-def attention(rank, world, w, xs):
-    """xs [n][d_model] -> [n][d_model], with the heads that the rank owns."""
-    head_dim, xs, mixed = len(xs[0]) // N_HEADS, enter(rank, world, xs), [[] for _ in xs]
-    q, k, v = (linear(xs, w[name]) for name in ("query", "key", "value"))
-    for start in range(0, len(q[0]), head_dim):
-        head = slice(start, start + head_dim)
-        keys, columns = [key[head] for key in k], list(zip(*(value[head] for value in v)))
-        for i, row in enumerate(mixed):
-            query = [x * head_dim ** -0.5 for x in q[i][head]]
-            weights = softmax([dot(query, key) for key in keys[:i + 1]])
-            row += [dot(weights, column[:i + 1]) for column in columns]
-    return leave(rank, world, linear(mixed, w["out"]))
-def mlp(rank, world, w, xs, early_bias=False):
-    ys = linear(relu_rows(linear(enter(rank, world, xs), w["up"])), w["down"])
-    if early_bias: return leave(rank, world, [add(y, w["bias"][0]) for y in ys])   # bug
-    return [add(y, w["bias"][0]) for y in leave(rank, world, ys)]
-
-def forward(rank, world, w, xs):
-    """Tokens -> logits, or, if w has only layers from the midst of a model, [n][d_model] both."""
-    if "token" in w: xs = [add(w["token"][x], w["position"][i]) for i, x in enumerate(xs)]
-    for layer in w["layers"]:
-        xs = list(map(add, xs, attention(rank, world, layer, list(map(rmsnorm, xs)))))
-        xs = list(map(add, xs, mlp(rank, world, layer, list(map(rmsnorm, xs)))))
-    return linear(list(map(rmsnorm, xs)), w["logits"]) if "logits" in w else xs
-def mean_loss(logits, targets, share=1.0):
-    return dot(list(map(cross_entropy, logits, targets)), [share / len(targets)] * len(targets))
-def train_rank(rank, world, weights, examples):
-    """A rank's whole training, one example a step -> the losses."""
-    weights = each(Value, weights)
-    def loss(i): return mean_loss(forward(rank, world, weights, examples[i][0]), examples[i][1])
-    return train(leaves(weights), loss, len(examples), 0.03)
+def train_rank(rank, world, model, examples):
+    model, examples = each(Value, model), [(each(Value, xs), targets) for xs, targets in examples]
+    def loss_at(i): return mean_loss(forward(rank, world, model, examples[i][0]), examples[i][1])
+    return train(leaves(model), loss_at, len(examples), 0.03)
 
 def show_model(rng, n_steps=90, n=10):
-    """Train on one device -> (the weights before, the examples, the losses)."""
-    weights, examples = new_model(rng, 2), [new_example(rng) for _ in range(n_steps)]
-    losses = train_rank(0, World(1), weights, examples)
+    model, examples = new_model(rng, 2), [new_example(rng) for _ in range(n_steps)]
+    losses = train_rank(0, World(1), model, examples)
     means = [(i, sum(losses[i - n:i]) / n) for i in range(n, n_steps + 1)]
     plot("nats per token over steps", {f"training loss, means of {n}": means}, height=8)
-    return weights, examples, losses
+    return model, examples, losses
 
 # 3. Collectives -----------------------------------------------------------------------------------
-# What all ranks call together is a collective: only the order of calls tells what a message is.
-PATIENCE = 10.0                          # seconds without a message until a rank gives up
-class World:
-    """What a rank sees of the others: how many ranks there are, and a pipe to each."""
-    def __init__(self, size, pipes=(), patience=PATIENCE):
-        self.size, self.pipes, self.patience, self.sum_gradients = size, pipes, patience, True
-    def send(self, peer, vector, kind):
-        message = array.array("d", vector).tobytes()
-        COUNT["bytes " + kind] += len(message)               # every byte that is sent
-        self.pipes[peer].send_bytes(message)
-    def receive(self, peer, kind):
-        if not self.pipes[peer].poll(self.patience):
-            raise TimeoutError(f"waited {self.patience:g} s for rank {peer} in {kind}")
-        return list(array.array("d", self.pipes[peer].recv_bytes()))
-def chunk(vector, i, n): return vector[len(vector) * i // n:len(vector) * (i + 1) // n]
+# Each rank is a process with its own memory, and a pipe to each other rank. What all do together is
+# a collective: all must call it, and in one order, for only the order tells what a message is. The
+# main one is the all-reduce: each has a vector, and each gets the sum. Naively, all send to rank 0,
+# which has p - 1 sums to send back. Better is a ring: each of p chunks of a vector goes around, and
+# all add their own (reduce-scatter); then the sums go around, to be known to all (all-gather).
+World = namedtuple("World", "size pipes patience", defaults=((), 10.0))      # as a rank sees it
+
+def send(world, peer, vector, kind):
+    message = array.array("d", vector).tobytes()
+    COUNT["bytes " + kind] += len(message)                   # every byte that is sent
+    world.pipes[peer % world.size].send_bytes(message)
+
+def receive(world, peer, kind):
+    pipe = world.pipes[peer % world.size]
+    if pipe.poll(world.patience): return list(array.array("d", pipe.recv_bytes()))
+    raise TimeoutError(f"waited {world.patience:g} s for rank {peer % world.size} in {kind}")
 
 def pass_on(rank, world, vector, kind):
     """Send to the next rank of the ring, receive from the one before -> what it sent."""
-    if rank % 2 == 0: world.send((rank + 1) % world.size, vector, kind)
-    received = world.receive((rank - 1) % world.size, kind)  # A pipe holds little: if all were to
-    if rank % 2: world.send((rank + 1) % world.size, vector, kind)     # send first, all might wait.
+    if rank % 2 == 0: send(world, rank + 1, vector, kind)    # A pipe holds little: if all sent
+    received = receive(world, rank - 1, kind)                # first, all might wait for a reader.
+    if rank % 2 == 1: send(world, rank + 1, vector, kind)
     return received
+
 def broadcast(rank, world, vector, root=0, kind="broadcast"):
     """The root's vector on every rank: each passes it on. (A tree needs fewer steps.)"""
-    if rank != root: vector = world.receive((rank - 1) % world.size, kind)
-    if (rank + 1) % world.size != root: world.send((rank + 1) % world.size, vector, kind)
+    if rank != root: vector = receive(world, rank - 1, kind)
+    if (rank + 1) % world.size != root: send(world, rank + 1, vector, kind)
     return vector
+
 def all_gather(rank, world, part, kind="all-gather"):
+    """All ranks' parts in a row, on every rank. Each passes on the part that it got last."""
     parts = {rank: part}
     for step in range(1, world.size):
-        parts[(rank - step) % world.size] = part = pass_on(rank, world, part, kind)
-    return [x for i in range(world.size) for x in parts[i]]
+        part = pass_on(rank, world, part, kind)
+        parts[(rank - step) % world.size] = part
+    return [x for owner in range(world.size) for x in parts[owner]]
+
 def reduce_scatter(rank, world, vector, kind="reduce-scatter"):
     """Chunk `rank` of the sum. Chunk c starts at rank c + 1, and each rank adds its own to it."""
     total = chunk(vector, (rank - 1) % world.size, world.size)
     for step in range(2, world.size + 1):
         received = pass_on(rank, world, total, kind)
-        own = chunk(vector, (rank - step) % world.size, world.size)
-        if len(own) != len(received): raise ValueError(f"{len(own)} numbers meet {len(received)}")
-        total = add(received, own)
+        total = add(received, chunk(vector, (rank - step) % world.size, world.size))
     return total
 
-def ring_all_reduce(rank, world, vector, kind="all-reduce"):
+def ring_all_reduce(rank, world, vector, kind="ring all-reduce"):
     """vector [n] of floats -> the sum of all ranks' vectors, [n]. A rank sends 2 (p - 1) / p n of
     them. ValueError if there is no such rank, or if n is not the same on all."""
     if not 0 <= rank < world.size: raise ValueError(f"rank {rank} in a world of {world.size}")
     COUNT[kind] += 1
     return all_gather(rank, world, reduce_scatter(rank, world, vector, kind), kind)
-def naive_all_reduce(rank, world, vector, kind="naive"):
-    """All send to rank 0, which adds up and sends the sum to all."""
-    if rank: world.send(0, vector, kind)
-    for peer in range(1, 1 if rank else world.size): vector = add(vector, world.receive(peer, kind))
-    for peer in range(1, 1 if rank else world.size): world.send(peer, vector, kind)
-    return world.receive(0, kind) if rank else vector
 
-def worker(control, pipes):
-    """The life of a process: do what the parent commands, report the result and what it counted."""
-    parent = multiprocessing.parent_process()                # end with it, even if it is killed
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    gc.disable()
-    globals()["progress"] = lambda *_: None                  # the terminal belongs to the parent
-    with contextlib.suppress(EOFError, ConnectionError):                # until the parent hangs up
-        while True:
-            job, rank, size, patience, arguments = control.recv()
-            for store in (TAPE, COUNT): store.clear()
-            try: answer = "", job(rank, World(size, pipes, patience), *arguments)
-            except (EOFError, ConnectionError): answer = "lost its peer", None
-            except Exception as error: answer = f"{type(error).__name__}: {error}", None
-            control.send((*answer, COUNT))
+def naive_all_reduce(rank, world, vector, kind="naive all-reduce"):
+    if rank > 0:
+        send(world, 0, vector, kind)
+        return receive(world, 0, kind)
+    for peer in range(1, world.size): vector = add(vector, receive(world, peer, kind))
+    for peer in range(1, world.size): send(world, peer, vector, kind)
+    return vector
 
-class Devices:
-    """n processes that wait for jobs: see run(), and do not forget close()."""
-    def __init__(self, n):
-        if not os.path.exists(globals().get("__file__", "")):
-            raise RuntimeError("processes start from a file: save this as one, and import it")
-        spawn = multiprocessing.get_context("spawn")         # a new interpreter: nothing is shared
-        self.controls, theirs = zip(*(spawn.Pipe() for _ in range(n)))
-        pipes = [{} for _ in range(n)]
-        for i in range(n):
-            for j in range(i): pipes[i][j], pipes[j][i] = spawn.Pipe()
-        self.processes = [spawn.Process(target=worker, args=ends, daemon=True)
-                          for ends in zip(theirs, pipes)]
-        multiprocessing.resource_tracker.ensure_running()    # its own start would end the mask:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})     # no Ctrl-C in between,
-        try:                                                 # and none for the children, ever
-            for process in self.processes: process.start()
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for end in [*theirs, *leaves(pipes)]: end.close()    # or nobody would notice a worker's end
-    def close(self):                     # whatever they are doing; twice does no harm
-        for process in self.processes: process.kill()
-        for process in self.processes: process.join()
-    def run(self, job, arguments, patience=None):
-        """job(rank, world, *arguments[rank]) on len(arguments) ranks -> (results, counts)."""
-        patience, size, failed, answers = patience or PATIENCE, len(arguments), {}, {}
-        waiting, give_up = dict(zip(self.controls, range(size))), patience + PATIENCE
-        for control, rank in waiting.items():
-            with contextlib.suppress(ConnectionError):       # if it is dead, recv() will notice
-                control.send((job, rank, size, patience, arguments[rank]))
-        while waiting and (ready := multiprocessing.connection.wait(waiting, give_up)):
-            for rank in map(waiting.pop, ready):
-                try: failure, *answers[rank] = self.controls[rank].recv()
-                except (EOFError, ConnectionError):
-                    self.processes[rank].join(1.0)
-                    failure = f"died, exit code {self.processes[rank].exitcode}"
-                if failure: failed[rank], give_up = failure, 1.0       # for the others' reports
-        if not waiting and not failed: return zip(*(answers[rank] for rank in range(size)))
-        self.close()
-        stuck = len(failed) == size and all("TimeoutError" in text for text in failed.values())
-        failed |= dict.fromkeys(waiting.values(), "does not answer")
-        reasons = "; ".join(f"rank {rank} {failed[rank]}" for rank in sorted(failed))
-        raise RuntimeError("deadlock: " * stuck + reasons)
-def ring_numbers(n, p): return 2 * (p - 1) / p * n           # that a rank sends to all-reduce n
-def off(a, b): return max(abs(x - y) for x, y in zip(leaves(a), leaves(b)))
+# A process may die, hang, or stay behind. Who reads from a pipe whose other end is closed gets an
+# error, unless someone else has that end open: so the parent closes its copies of the workers'
+# ends. Who hangs is noticed by those who wait: they give up. Ctrl-C goes to all processes of a
+# terminal, unless they block it, and that is inherited: so the parent does while it starts them.
+def worker(job, rank, world, arguments):
+    """The life of a process: do the job, send a failure, or the result and what it counted."""
+    parent, failure, result = world.pipes["parent"], "", None
+    try: result = job(rank, world, *arguments)
+    except (EOFError, ConnectionError): failure = "lost its peer"
+    except Exception as error: failure = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(ConnectionError):               # the parent has gone
+        parent.send(failure or (result, COUNT))
+        if "TimeoutError" in failure: parent.poll(None)      # stay: the others shall time out, too
 
-def show_collectives(rng, devices, n=1200, p=4):
+def on_ranks(job, arguments, patience=10.0):
+    """job(rank, world, *arguments[rank]) in a process for each rank -> (results, counts).
+    RuntimeError if a rank fails, dies or does not answer. No process is left in any case."""
+    if not os.path.exists(globals().get("__file__", "")):
+        raise RuntimeError("processes start from a file: save this as one, and import it")
+    spawn = multiprocessing.get_context("spawn")             # a new interpreter: nothing is shared
+    mine, theirs = zip(*(spawn.Pipe() for _ in arguments))   # the parent's ends, and the workers'
+    pipes = [{"parent": end} for end in theirs]              # pipes[i][j]: of rank i, to rank j
+    for i, j in combinations(range(len(pipes)), 2): pipes[i][j], pipes[j][i] = spawn.Pipe()
+    multiprocessing.resource_tracker.ensure_running()        # later, its start would unblock
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    processes, answers, seconds = [], [], patience + 10.0
+    try:
+        for rank, ends in enumerate(pipes):
+            life = job, rank, World(len(pipes), ends, patience), arguments[rank]
+            process = spawn.Process(target=worker, args=life, daemon=True)
+            process.start()
+            processes.append(process)
+        for end in leaves([list(ends.values()) for ends in pipes]): end.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for process, pipe in zip(processes, mine):
+            try: answers.append(pipe.recv() if pipe.poll(seconds) else "does not answer")
+            except (EOFError, ConnectionError):
+                process.join(1.0)
+                answers.append(f"died, exit code {process.exitcode}")
+            if type(answers[-1]) is str: seconds = 3.0       # the others will fail soon as well
+    finally:
+        for process in processes: process.kill()
+        for process in processes: process.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    failures = [f"rank {rank} {text}" for rank, text in enumerate(answers) if type(text) is str]
+    if not failures: return list(zip(*answers))
+    stuck = len(failures) == len(pipes) and all("TimeoutError" in text for text in failures)
+    raise RuntimeError(("deadlock: " if stuck else "") + "; ".join(failures))
+
+def all_collectives(rank, world, vector):
+    for job in (broadcast, reduce_scatter): job(rank, world, vector)
+    all_gather(rank, world, chunk(vector, rank, world.size))
+    return naive_all_reduce(rank, world, vector), ring_all_reduce(rank, world, vector)
+
+def show_collectives(rng, n=1200, p=4):
     vectors = [[rng.gauss(0.0, 1.0) for _ in range(n)] for _ in range(p)]
-    half, sent, rows, found = [4 * ring_numbers(n, p)] * p, {}, [], {}
-    for job, formula in ((broadcast, [8 * n] * (p - 1) + [0]),
-                         (all_gather, half), (reduce_scatter, half),
-                         (naive_all_reduce, [(p - 1) * 8 * n] + [8 * n] * (p - 1)),
-                         (ring_all_reduce, add(half, half))):
-        given, name = n // p if job is all_gather else n, job.__name__
-        found[name], counts = devices.run(job, [(vector[:given],) for vector in vectors])
-        sent[name] = [sum(c[kind] for kind in c if "bytes" in kind) for c in counts]
-        rows.append([name.replace("_", " "), *sent[name], f"{max(formula):,.0f}"])
-        check(f"{rows[-1][0]}: bytes = formula", sent[name] == formula)
-    table([f"bytes sent, {n} numbers", *(f"rank {i}" for i in range(p)), "busiest, formula"], *rows)
-    naive, ring = found["naive_all_reduce"], found["ring_all_reduce"]
+    results, counts = on_ranks(all_collectives, [(vector,) for vector in vectors])
+    whole, once = 8 * n, 8 * n * (p - 1) // p                # bytes: a vector, all chunks but one
+    formulas = {"broadcast": [whole] * (p - 1) + [0], "all-gather": [once] * p,
+                "reduce-scatter": [once] * p, "ring all-reduce": [2 * once] * p,
+                "naive all-reduce": [whole * (p - 1)] + [whole] * (p - 1)}
+    sent = {kind: [count["bytes " + kind] for count in counts] for kind in formulas}
+    table([f"bytes sent, {n} numbers", *(f"rank {i}" for i in range(p)), "busiest, formula"],
+          *([kind, *sent[kind], max(formulas[kind])] for kind in sent))
+    naive, ring = zip(*results)
+    check("bytes of all collectives, on all ranks = formula", sent == formulas)
     check("ring: rank 0's sum to rounding, bit for bit the same on all ranks",
-          off(naive, ring) < 1e-12 and leaves(ring) == p * ring[0], f"{off(naive, ring):.1e}")
+          off(naive, ring) < 1e-12 and list(ring) == [ring[0]] * p, f"{off(naive, ring):.1e}")
     return sent
 
 # 4. Tensor parallelism ----------------------------------------------------------------------------
-# An MLP is y = B relu(A x). Give a rank some of the hidden units: their rows of A, their columns of
-# B. It computes its part of relu(A x) alone, and from it a summand of y: one all-reduce for two
-# matrices. (Megatron writes x A, and so says: A by columns, then B by rows.) Attention is the same
-# with heads. Backward, a rank has a summand of d loss / d x: forward identity, backward all-reduce.
+# An MLP is y = B relu(A x). Give a rank some of the hidden units, a shard: their rows of A, their
+# columns of B. It computes its part of relu(A x) alone, and from it a summand of y: one all-reduce
+# for two matrices. (Megatron writes x A, and so says: A by columns, then B by rows.) Attention is
+# the same with heads. Backward, the summands are at the other end: all have used x, and each has a
+# part of d loss / d x. Both are sums in another order than on one device, so the last bits differ.
+class GradientSum:
+    """On the tape, where all ranks receive a vector: adds up its gradients over the ranks.
+    backward() asks each node for its inputs, the last node first. When it asks this one, it is done
+    with all that was computed from the vector, so this rank's gradients of it are complete."""
+    grad, partials = 1.0, ()             # as backward() expects of a node
+    def __init__(self, rank, world, xs): self.rank, self.world, self.xs = rank, world, xs
+
+    @property
+    def inputs(self):
+        total = ring_all_reduce(self.rank, self.world, [x.grad for x in self.xs], "backward")
+        for x, gradient in zip(self.xs, total): x.grad = gradient
+        return ()
+
 def enter(rank, world, xs):
-    """xs [n][d_model], replicated -> xs: all-reduce of their gradients, backward. Megatron's f."""
-    def sum_gradients():                 # runs when the backward pass asks for the inputs
-        grads = ring_all_reduce(rank, world, [x.grad for x in leaves(xs)], "backward")
-        for x, x.grad in zip(leaves(xs), grads): yield from ()
-    if world.size > 1 and type(xs[0][0]) is Value and world.sum_gradients:
-        Value(0.0, sum_gradients()).grad = 1.0               # is on the tape now
-    return xs
+    """xs [n][d_model], replicated -> a copy, its gradients to be summed backward. Megatron's f."""
+    if world.size == 1 or type(xs[0][0]) is not Value: return xs
+    copy = each(lambda x: x + 0.0, xs)   # xs also goes around the layer; that is no summand
+    TAPE.append(GradientSum(rank, world, leaves(copy)))
+    return copy
 
 def leave(rank, world, ys):
     """ys [n][d_model], summands -> their sum, replicated: all-reduce forward. Megatron's g."""
     if world.size == 1: return ys
-    n, own = len(ys[0]), leaves(ys)
-    total = ring_all_reduce(rank, world, floats(own), "forward")
-    if type(own[0]) is Value: total = [Value(x, (y,), (1.0,)) for x, y in zip(total, own)]
-    return [total[i:i + n] for i in range(0, len(total), n)]
-def shard(model, rank, size):
-    """What a rank owns. All have the bias, which is added after the all-reduce."""
-    def cut(name, rows):
-        if name in ("query", "key", "value", "up"): return chunk(rows, rank, size)
-        return rows if name == "bias" else [chunk(row, rank, size) for row in rows]
-    def part(layer): return {name: cut(name, rows) for name, rows in layer.items()}
-    return model | {"layers": list(map(part, model["layers"]))}
-def pass_both_ways(rank, world, weights, example, bug=False):   # -> gradients, logits, Values alive
-    world.sum_gradients, weights = not bug, each(Value, weights)
-    logits = forward(rank, world, weights, example[0])
+    total = ring_all_reduce(rank, world, floats(leaves(ys)), "forward")
+    if type(ys[0][0]) is Value: total = [Value(x, (y,), (1.0,)) for x, y in zip(total, leaves(ys))]
+    return rows_of(total, len(ys[0]))
+
+def cut(matrices, i, n): return [chunk(rows, i, n) for rows in matrices]
+def shard(model, i, n): return [[cut(a, i, n), cut(b, i, n), bias] for a, b, bias in model]
+
+def pass_both_ways(rank, world, model, example, bug=False):
+    """-> (gradients like the model, logits, nodes on the tape in between)"""
+    model, xs = each(Value, model), each(Value, example[0])
+    logits = forward(rank, world, model, xs)
     loss, alive = mean_loss(logits, example[1]), len(TAPE)
+    if bug: TAPE[:] = [node for node in TAPE if type(node) is Value]     # without GradientSums
     loss.backward()
-    return each(lambda w: w.grad, weights), list(map(floats, logits)), alive
+    return each(lambda w: w.grad, model), each(lambda x: x.data, logits), alive
 
-def ms_per_token(rank, world, seed, d_model):    # best of eight, in a wide layer
-    weights = shard(new_model(random.Random(seed), 1, d_model), rank, world.size)
-    return 1e3 * min(timeit.repeat(lambda: forward(rank, world, weights, [0]), number=1, repeat=8))
+def ms_per_token(rank, world, d_model):          # best of eight, in a wide layer
+    model, xs = shard(new_model(random.Random(1), 1, d_model), rank, world.size), [[1.0] * d_model]
+    return 1e3 * min(timeit.repeat(lambda: forward(rank, world, model, xs), number=1, repeat=8))
 
-def show_tensor_parallelism(rng, devices, weights, examples, losses, wide=160):
-    gradients, logits, _ = pass_both_ways(0, World(1), weights, examples[0])
-    n_layers, rows, far, exact = len(weights["layers"]), [], {}, True
+def show_tensor_parallelism(model, examples, losses, wide=160):
+    gradients, logits, _ = pass_both_ways(0, World(1), model, examples[0])
+    rows, far = [], {}
     for p in (1, 2, 4):
-        parts, wanted = ([shard(tree, i, p) for i in range(p)] for tree in (weights, gradients))
-        results, counts = devices.run(pass_both_ways, [(part, examples[0]) for part in parts])
-        grads, outputs, values = zip(*results)
-        far[p] = off(outputs, [logits] * p), off(grads, wanted)
-        formula = [len(leaves(weights)) - n_layers * 12 * D_MODEL ** 2 * (p - 1) // p,
-                   (p > 1) * 2 * n_layers, 16 * n_layers * ring_numbers(SEQ_LEN * D_MODEL, p)]
-        exact = exact and all([len(leaves(part)), c[way], c["bytes " + way]] == formula
-                              for part, c in zip(parts, counts) for way in ("forward", "backward"))
-        rows.append([f"{p}", values[0], *map(int, formula), *map("{:.1e}".format, far[p])])
-    table(["ranks", "Values", "weights", "sums forward", "bytes", "logits off", "grads off"], *rows)
-    runs, _ = devices.run(train_rank, [(shard(weights, i, 2), examples) for i in (0, 1)])
+        parts = [shard(model, i, p) for i in range(p)]
+        wanted = [shard(gradients, i, p) for i in range(p)]
+        results, counts = on_ranks(pass_both_ways, [(part, examples[0]) for part in parts])
+        found, outputs, alive = zip(*results)
+        far[p] = off(outputs, [logits] * p), off(found, wanted)
+        rows.append([f"{p}", len(leaves(parts[0])), alive[0], counts[0]["forward"],
+                     counts[0]["bytes forward"], *(f"{x:.1e}" for x in far[p])])
+    table(["ranks", "weights", "Values", "all-reduces", "bytes", "logits off", "grads off"], *rows)
+    runs, _ = on_ranks(train_rank, [(shard(model, rank, 2), examples) for rank in (0, 1)])
     far["training"] = off(runs, [losses] * 2)
-    times = [max(next(devices.run(ms_per_token, [(rng.random(), wide)] * p))) for p in (1, 2)]
-    print("  A layer {} wide, per token: {:.2f} ms on 1 rank, {:.2f} ms on 2.".format(wide, *times))
-    check("one device's logits and gradients, to rounding", max(max(far[2]), max(far[4])) < 1e-10)
-    check("two all-reduces a layer each way; bytes, and weights of a rank = formula", exact)
+    one, two = [max(on_ranks(ms_per_token, [(wide,)] * p)[0]) for p in (1, 2)]
+    print(f"  A layer {wide} wide: {one:.2f} ms per token on 1 rank, {two:.2f} ms on 2.")
+    check("one device's logits and gradients, to rounding", max(far[2] + far[4]) < 1e-10)
+    check("two all-reduces a layer forward, two backward",
+          all(count["forward"] == count["backward"] == 2 * len(model) for count in counts))
     check(f"training, {len(losses)} steps: one device's losses, and on both ranks the same bits",
           far["training"] < 1e-6 and runs[0] == runs[1], f"off by {far['training']:.1e}")
     return far
 
 # 5. Pipeline parallelism --------------------------------------------------------------------------
-# A rank owns some of the layers: a stage. Lest the others wait, a batch comes in m microbatches,
-# whose gradients add up. GPipe runs all forward, then all backward, and keeps the activations of m.
-# In 1F1B a stage turns to a backward as soon as it can: stage s of p keeps only min(p - s, m).
+# A rank owns some of the layers, a stage: vectors come from the stage before and go to the one
+# behind, derivatives go back. Lest all others wait for the one that works, a batch comes in m
+# microbatches, whose gradients add up. Waiting remains while the pipeline fills and empties: the
+# bubble. GPipe runs all forward, then all backward, and keeps m graphs. In 1F1B (one forward, one
+# backward) a stage turns back as soon as it can, and stage s of p keeps only min(p - s, m).
+def bubble_fraction(n_stages, n_microbatches):
+    """The share of the stages' time spent waiting. ValueError if one of the numbers is below 1."""
+    if n_stages < 1 or n_microbatches < 1:
+        raise ValueError(f"{n_stages} stages, {n_microbatches} microbatches: 1 at least")
+    return (n_stages - 1) / (n_microbatches + n_stages - 1)
+
 def pipeline_schedule(n_stages, n_microbatches, kind):
     """kind: gpipe or 1f1b -> the work of each stage, in order: [("F" or "B", microbatch), ...]."""
-    bubble_fraction(n_stages, n_microbatches)
+    bubble_fraction(n_stages, n_microbatches)                # refuses bad numbers
     if kind not in ("gpipe", "1f1b"): raise ValueError(f"no schedule {kind!r}: gpipe or 1f1b")
-    forwards, backwards = ([(way, i) for i in range(n_microbatches)] for way in "FB")
     schedule = []
     for stage in range(n_stages):
         ahead = n_microbatches if kind == "gpipe" else min(n_microbatches, n_stages - 1 - stage)
-        in_turn = [work for pair in zip(forwards[ahead:], backwards) for work in pair]
-        schedule.append(forwards[:ahead] + in_turn + backwards[n_microbatches - ahead:])
+        turn = {("F", i): i for i in range(n_microbatches)}
+        turn |= {("B", i): ahead + i + 0.5 for i in range(n_microbatches)}
+        schedule.append(sorted(turn, key=turn.get))
     return schedule
-def bubble_fraction(n_stages, n_microbatches):
-    """The share of the stages' time spent waiting. ValueError if one of the numbers is below 1."""
-    if n_stages < 1 or n_microbatches < 1: raise ValueError(
-        f"{n_stages} stages, {n_microbatches} microbatches: 1 at least")
-    return (n_stages - 1) / (n_microbatches + n_stages - 1)
 
-def run_stage(rank, world, weights, examples, kind):
-    """One training step of a stage -> (gradients, [(way, microbatch, begin, end)], most kept).
-    A forward takes 1 tick, a backward 2, and nothing begins before its message was ready."""
-    weights, log, kept, most, clock = each(Value, weights), [], {}, 0, 0
+def stage_forward(model, received, targets):
+    """received: a microbatch's vectors in a row -> (inputs, outputs, the graph between them)."""
+    inputs = [Value(x) for x in received]
+    outputs = forward(0, World(1), model, rows_of(inputs, D_MODEL))
+    if targets: outputs = mean_loss(outputs, targets)        # the last stage
+    tape, TAPE[:] = TAPE[:], []          # put away until the derivatives arrive
+    return inputs, leaves(outputs), tape
+
+def stage_backward(inputs, outputs, tape, received):
+    TAPE.extend(tape)
+    dot(outputs, received).backward()    # received: d loss / d outputs
+    return [x.grad for x in inputs]
+
+def run_stage(rank, world, model, examples, kind):
+    """One training step of a stage -> (gradients, [(way, microbatch, begin, end)], most kept)."""
+    model, log, kept, most, clock, last = each(Value, model), [], {}, 0, 0, world.size - 1
     for way, i in pipeline_schedule(world.size, len(examples), kind)[rank]:
         source, target = (rank - 1, rank + 1) if way == "F" else (rank + 1, rank - 1)
-        first, last = (not 0 <= peer < world.size for peer in (source, target))
-        ready, *received = [0.0] if first else world.receive(source, way)
-        begin = max(clock, int(ready))
-        clock = begin + (1 if way == "F" else 2)
+        ready, received = 0, leaves(examples[i][0]) if way == "F" else [1.0 / len(examples)]
+        if 0 <= source <= last: ready, *received = receive(world, source, way)
+        begin = max(clock, int(ready))   # nothing begins before its message was ready
+        clock = begin + (1 if way == "F" else 2)             # a backward takes two ticks
         log.append((way, i, begin, clock))
         if way == "F":
-            inputs = list(map(Value, received))
-            rows = [inputs[at:at + D_MODEL] for at in range(0, len(inputs), D_MODEL)]
-            xs = forward(0, World(1), weights, examples[i][0] if first else rows)
-            if last: xs = [mean_loss(xs, examples[i][1], 1.0 / len(examples))]
-            kept[i] = inputs, leaves(xs), TAPE[:]            # the graph is put away ...
-            TAPE.clear()
-            most, result = max(most, len(kept)), floats(leaves(xs))
-        else:
-            inputs, outputs, tape = kept.pop(i)
-            TAPE.extend(tape)                                # ... and laid back: received is
-            dot(outputs, received or [1.0]).backward()       # d loss / d outputs
-            result = [x.grad for x in inputs]
-        if not last: world.send(target, [clock, *result], way)
-    return each(lambda w: w.grad, weights), log, most
-def stage_of(model, stage, p):
-    """What a stage owns: some layers, the first the embeddings too, the last the logits."""
-    ends = (stage == 0) * ["token", "position"] + (stage == p - 1) * ["logits"]
-    return {name: model[name] for name in ends} | {"layers": chunk(model["layers"], stage, p)}
+            kept[i] = stage_forward(model, received, examples[i][1] if rank == last else None)
+            most, result = max(most, len(kept)), floats(kept[i][1])
+        else: result = stage_backward(*kept.pop(i), received)
+        if 0 <= target <= last: send(world, target, [clock, *result], way)
+    return each(lambda w: w.grad, model), log, most
 
-def show_pipeline(rng, devices, p=4, m=8):
+def show_pipeline(rng, p=4, m=8):
     model, examples, found = new_model(rng, p), [new_example(rng) for _ in range(m)], {}
-    formula, sent = bubble_fraction(p, m), [8 * m * (1 + SEQ_LEN * D_MODEL)] * (p - 1)
+    whole, _, _ = run_stage(0, World(1), model, examples, "gpipe")
+    bounds = {"gpipe": [m] * p, "1f1b": [min(p - stage, m) for stage in range(p)]}
     print("  ░ forward, ▓ backward, · waiting; beside a stage, how many microbatches it kept")
-    for kind, most in ("gpipe", [m] * p), ("1f1b", [min(p - s, m) for s in range(p)]):
-        whole, _, _ = run_stage(0, World(1), model, examples, kind)
-        stages, wanted = ([stage_of(tree, s, p) for s in range(p)] for tree in (model, whole))
-        results, counts = devices.run(run_stage, [(stage, examples, kind) for stage in stages])
+    for kind, bound in bounds.items():
+        results, counts = on_ranks(run_stage, [([layer], examples, kind) for layer in model])
         gradients, logs, kept = map(list, zip(*results))
-        ticks = max(end for log in logs for *_, end in log)
-        found[kind] = bubble, _ = 1.0 - 3 * m / ticks, kept
-        print(f"\n  {kind}: bubble {bubble:.1%}, formula {formula:.1%}; {sent[0]:,} bytes each way")
-        for stage, log in enumerate(logs):
-            line = ["··"] * ticks
+        n_ticks = max(log[-1][-1] for log in logs)
+        bubble, formula, sent = 1.0 - 3 * m / n_ticks, bubble_fraction(p, m), counts[0]["bytes F"]
+        print(f"\n  {kind}: bubble {bubble:.1%}, formula {formula:.1%}; {sent:,} bytes each way")
+        for log, n_kept in zip(logs, kept):
+            line = ["··"] * n_ticks      # two columns a tick
             for way, i, begin, end in log:
-                line[begin:end] = ["░" + str(i)] if way == "F" else ["▓▓", "▓" + str(i)]
-            print(f"  {kept[stage]} {''.join(line)}")
-        check(f"{kind}: one device's gradients, bit for bit", gradients == wanted)
-        moved = [[c["bytes " + way] for c in counts] for way in "FB"]
-        check(f"{kind}: bubble = (p - 1) / (m + p - 1); activations kept and bytes = formula",
-              abs(bubble - formula) < 1e-12 and (kept, moved) == (most, [[*sent, 0], [0, *sent]]))
+                line[begin:end] = [f"░{i}"] if way == "F" else ["▓▓", f"▓{i}"]
+            print(f"  {n_kept} {''.join(line)}")
+        check(f"{kind}: one device's gradients, bit for bit", sum(gradients, []) == whole)
+        check(f"{kind}: bubble = (p - 1) / (m + p - 1)", abs(bubble - formula) < 1e-12)
+        check(f"{kind}: microbatches kept = formula", kept == bound, kept)
+        found[kind] = bubble, kept
     return found
 
 # 6. The bugs people ship --------------------------------------------------------------------------
-def cut_by_inputs(rank, world, up, x, bug):
-    """Hidden units of an MLP cut the other way: a rank knows only some of the inputs."""
-    summands = relu_rows(linear(x, up)) if bug else linear(x, up)
-    return relu_rows(leave(rank, world, summands))           # relu(a) + relu(b) is not relu(a + b)
-def token_gradients(*arguments): return pass_both_ways(*arguments)[0]["token"]
+# Three wrong results without an error, and a deadlock. A layer relu(W x + b) cut by its inputs
+# leaves a summand on each rank. If all add b, it counts p times; a sum of relus is not the relu of
+# a sum, so Megatron cuts the first matrix the other way. A replicated weight has its gradient in parts.
+def cut_by_inputs(rank, world, weight, bias, xs):
+    """Matrix and xs cut by inputs, one part on each rank -> {bug: (outputs with it, without)}."""
+    part = [chunk(row, rank, world.size) for row in weight]
+    summands = linear([chunk(x, rank, world.size) for x in xs], part)
+    ys = leave(rank, world, summands)
+    def biased(rows): return [add(row, bias) for row in rows]
+    return {"relu before all-reduce": (leave(rank, world, relu_rows(summands)), relu_rows(ys)),
+            "bias on both ranks": (leave(rank, world, biased(summands)), biased(ys))}
 
-def show_bugs(devices, weights, example):
-    found, parts = {}, [shard(weights, i, 2) for i in (0, 1)]
-    x, layer = weights["token"][:1], weights["layers"][0]
-    halves = [[[chunk(row, i, 2) for row in rows] for rows in (layer["up"], x)] for i in (0, 1)]
-    for bug, job, mine, alone in (
-            ("relu before all-reduce", cut_by_inputs, halves, (layer["up"], x)),
-            ("bias on both ranks", mlp, [(w["layers"][0], x) for w in parts], (layer, x)),
-            ("gradients not summed", token_gradients, [(w, example) for w in parts],
-                (weights, example))):
-        right = job(0, World(1), *alone, False)
-        runs = [next(devices.run(job, [(*w, wrong) for w in mine])) for wrong in (True, False)]
-        found[bug] = [off(run[0], right) for run in runs]
-    table(["on 2 ranks", "off by", "without the bug"],
-          *([bug, *map("{:.1e}".format, errors)] for bug, errors in found.items()))
-    check("with a bug wrong, without right", all(b < 1e-10 < 1e-6 < a for a, b in found.values()))
-    try: devices.run(broadcast, [([1.0], 1), ([1.0], 0)], patience=0.3)
+def show_bugs(model, example, gradients_off):
+    (query, key, _, _), _, bias = model[0]
+    right = cut_by_inputs(0, World(1), query, bias, key)     # any vectors will do as inputs
+    runs, _ = on_ranks(cut_by_inputs, [(query, bias, key)] * 2)
+    found = {bug: [off(outputs, right[bug][1]) for outputs in runs[0][bug]] for bug in right}
+    right, _, _ = pass_both_ways(0, World(1), model, example)
+    runs, _ = on_ranks(pass_both_ways, [(shard(model, i, 2), example, True) for i in (0, 1)])
+    found["gradients not summed"] = [off(runs[0][0], shard(right, 0, 2)), gradients_off]
+    table(["on 2 ranks", "off one device by", "without the bug"],
+          *([bug, *(f"{far:.1e}" for far in pair)] for bug, pair in found.items()))
+    check("with a bug wrong, without right", all(a > 1e-6 and b < 1e-10 for a, b in found.values()))
+    try: on_ranks(broadcast, [([1.0], 1), ([1.0], 0)], patience=0.3)
     except RuntimeError as error: found["deadlock"] = str(error).replace("; ", ";\n    ")
-    print("  A broadcast, and each rank takes the other for the root:\n   ", found["deadlock"])
+    print("  a broadcast, and each rank takes the other for the root:\n   ", found["deadlock"])
     check("a deadlock ends in an error that says so", "deadlock" in found["deadlock"])
     return found
 
 # 7. The real world --------------------------------------------------------------------------------
-# Public config files: layers, d_model, key/value heads, head_dim, parameters.
-MODELS = {"Llama-3.1-70B": (80, 8192, 8, 128, 70.6e9),
-          "Llama-3.1-405B": (126, 16384, 8, 128, 405e9)}
-# Data sheet of H200: 16-bit FLOP/s, memory in bytes/s and bytes; NVLink 4 and NDR, bytes/s one way.
-PEAK, BANDWIDTH, MEMORY, LINKS = 989e12, 4.8e12, 141e9, {"NVLink": 450e9, "InfiniBand": 50e9}
-
-def show_real_world(p=8, context=8192, prompt=1024):
-    """Decoding is bound by reading weights and caches, prefill by arithmetic, 2 FLOP per weight and
-    token. In a pipeline, a decoding batch is p microbatches; in prefill, a prompt is one."""
-    seconds, rows = {}, []
+# Decoding waits for memory: weights, and keys and values of the context (KV). The prefill of a
+# prompt waits for arithmetic. With tensor parallelism (TP) a device does a p-th of each layer, and
+# two all-reduces. In a pipeline (PP) p microbatches take turns, p to decode a token, 2 p - 1 in
+# prefill, bubble included; each turn reads the weights again. (Data sheets of H200, NVLink 4, NDR)
+MODELS = {"70B": (80, 8192, 8, 128, 70.6e9), "405B": (126, 16384, 8, 128, 405e9)}    # config files
+PEAK, BANDWIDTH, LINKS = 989e12, 4.8e12, {"NVLink": 450e9, "InfiniBand": 50e9}   # FLOP/s, bytes/s
+def show_real_world(p=8, batch=64, context=8192, prompt=1024):
+    print("  a device's GB of weights; a token's KiB of KV, B in an all-reduce; share of decode;")
+    print(f"  ms on {p} H200: decode {batch} at {context:,}, prefill {p} prompts of {prompt:,}")
+    rows, seconds = [], {}
     for model, (n_layers, d_model, n_kv_heads, head_dim, n_weights) in MODELS.items():
-        cache, weights = 4 * n_layers * n_kv_heads * head_dim / p, 2 * n_weights / p
-        print(f"  {model}, each of {p} H200: {weights / 1e9:.1f} GB of weights; per token "
-              f"{cache / 1024:.0f} KiB of KV\n  ({(MEMORY - weights) / cache:,.0f} fit), "
-              f"{2 * n_layers} all-reduces of {2 * ring_numbers(d_model, p):,.0f} B")
-        part, whole = ((weights + n * context * cache) / BANDWIDTH for n in (64 / p, 64))
-        compute = 2 * n_weights * prompt / p / PEAK                    # for one prompt
-        work = {"decode 64": (64, p, whole, p, part),
-                f"prefill {p}": (p * prompt, p, p * compute, 2 * p - 1, compute)}
-        for (name, (tokens, m, alone, turns, turn)), link in itertools.product(work.items(), LINKS):
-            sums = 2 * n_layers * 2 * ring_numbers(tokens * d_model, p) / LINKS[link]
-            times = alone + sums, turns * (turn + 2 * tokens / m * d_model / LINKS[link])
-            seconds[model, name, link] = times
-            rows.append([f"{model[10:]}, {name}, {link}", f"{sums / times[0]:.1%}",
-                         *(f"{1e3 * t:,.1f}" for t in times), "TP PP".split()[times[0] > times[1]]])
-    table(["sequences", "all-reduces", "tensor (TP), ms", "pipeline (PP), ms", "faster"], *rows)
+        weights, cache = 2 * n_weights / p, 4 * n_layers * n_kv_heads * head_dim / p
+        ring = 2 * 2 * (p - 1) / p * d_model                 # bytes a token, in an all-reduce
+        compute = weights * prompt / PEAK                    # a weight: 2 bytes, 2 FLOP per token
+        def read(n): return (weights + n * context * cache) / BANDWIDTH
+        for link, speed in LINKS.items():
+            sums, hop = 2 * n_layers * ring / speed, 2 * d_model / speed         # seconds a token
+            decode = read(batch) + batch * sums, p * read(batch / p) + batch * hop
+            prefill = p * compute + p * prompt * sums, (2 * p - 1) * (compute + prompt * hop)
+            seconds[model, link] = decode, prefill
+            sizes = f"{weights / 1e9:.1f}", f"{cache / 1024:.0f}", int(ring)
+            ms = [f"{1e3 * x:,.1f}" for x in decode + prefill]
+            rows.append([f"{model}, {link}", *sizes, f"{batch * sums / decode[0]:.0%}", *ms])
+    table(["Llama-3.1", "GB", "KiB", "B", "share", "decode TP", "PP", "prefill TP", "PP"], *rows)
     return seconds
 
 # Report -------------------------------------------------------------------------------------------
@@ -621,14 +623,12 @@ def run(main, **readers):
 
 def main(seed=42):
     started, rng = begin(), random.Random(seed)
-    with contextlib.closing(Devices(4)) as devices:          # starting while the model trains
-        section("1. Autograd", show_autograd, rng)
-        weights, examples, losses = section("2. The model", show_model, rng)
-        sent = section("3. Collectives", show_collectives, rng, devices)
-        far = section("4. Tensor parallelism", show_tensor_parallelism, rng, devices, weights,
-                      examples, losses)
-        pipeline = section("5. Pipeline parallelism", show_pipeline, rng, devices)
-        bugs = section("6. The bugs people ship", show_bugs, devices, weights, examples[0])
+    section("1. Autograd", show_autograd, Value(rng.gauss(0.0, 1.0)))
+    model, examples, losses = section("2. The model", show_model, rng)
+    sent = section("3. Collectives", show_collectives, rng)
+    far = section("4. Tensor parallelism", show_tensor_parallelism, model, examples, losses)
+    pipeline = section("5. Pipeline parallelism", show_pipeline, rng)
+    bugs = section("6. The bugs people ship", show_bugs, model, examples[0], far[2][1])
     seconds = section("7. The real world", show_real_world)
     return finish(started, losses=losses, bytes_sent=sent, tensor_off=far, pipeline=pipeline,
                   bugs=bugs, seconds=seconds)

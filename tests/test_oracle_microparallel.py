@@ -7,95 +7,90 @@ import pytest
 torch = pytest.importorskip("torch")
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"      # for the processes that the script starts
 import microparallel as mp
-from test_microparallel import on_threads
+from test_microparallel import many, on_threads
 
 CASES = 50
 torch.set_num_threads(1)
 
 
-def tensors(tree):
-    return mp.each(lambda x: x, tree) if not isinstance(tree, dict) else {
-        name: [tensors(layer) for layer in value] if name == "layers" else torch.tensor(
-            value, dtype=torch.float64, requires_grad=True) for name, value in tree.items()}
+def tensors(model):
+    """The same nested lists, with a tensor for each matrix and each bias."""
+    def tensor(x): return torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    return [[[tensor(x) for x in heads], [tensor(x) for x in hidden_units], tensor(bias)]
+            for heads, hidden_units, bias in model]
 
 
-def torch_forward(w, tokens):
+def gradients(model):
+    return [[[x.grad.tolist() for x in heads], [x.grad.tolist() for x in hidden_units],
+             bias.grad.tolist()] for heads, hidden_units, bias in model]
+
+
+def torch_forward(model, xs):
     """The same transformer in PyTorch's own functions."""
     F = torch.nn.functional
-    def norm(x): return F.rms_norm(x, x.shape[-1:], eps=1e-5)
-    n, x = len(tokens), w["token"][tokens] + w["position"][:len(tokens)]
-    for layer in w["layers"]:
-        q, k, v = (F.linear(norm(x), layer[name]).view(n, mp.N_HEADS, -1).transpose(0, 1)
-                   for name in ("query", "key", "value"))
+    n, x = len(xs), torch.tensor(xs, dtype=torch.float64)
+    for (query, key, value, out), (up, down), bias in model:
+        q, k, v = (F.linear(x, w).view(n, mp.N_HEADS, -1).transpose(0, 1) for w in (query, key, value))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + F.linear(mixed.transpose(0, 1).reshape(n, -1), layer["out"])
-        x = x + F.linear(F.linear(norm(x), layer["up"]).relu(), layer["down"], layer["bias"][0])
-    return F.linear(norm(x), w["logits"])
-
-
-def gradients(w):
-    return {name: [gradients(layer) for layer in value] if name == "layers" else value.grad.tolist()
-            for name, value in w.items()}
+        x = x + F.linear(mixed.transpose(0, 1).reshape(n, -1), out.T)
+        x = x + F.linear(F.linear(x, up).relu(), down.T, bias)
+    return x
 
 
 def case(seed):
     rng = random.Random(seed)
-    tokens = [rng.randrange(mp.VOCAB_SIZE) for _ in range(rng.randint(1, mp.SEQ_LEN))]
-    targets = [rng.randrange(mp.VOCAB_SIZE) for _ in tokens]
-    weights = mp.new_model(rng, rng.randint(1, 3))
-    w = tensors(weights)
-    logits = torch_forward(w, tokens)
+    xs, targets = mp.new_example(rng)
+    n = rng.randint(1, mp.SEQ_LEN)
+    xs, targets = xs[:n], targets[:n]
+    model = mp.new_model(rng, rng.randint(1, 3))
+    w = tensors(model)
+    logits = torch_forward(w, xs)
     torch.nn.functional.cross_entropy(logits, torch.tensor(targets)).backward()
-    return weights, (tokens, targets), logits.tolist(), gradients(w)
+    return model, (xs, targets), logits.tolist(), gradients(w)
 
 
 def test_one_device_against_torch():
     for seed in range(CASES):
-        weights, example, logits, expected = case(seed)
-        grads, got, _ = mp.pass_both_ways(0, mp.World(1), weights, example)
-        assert mp.off(got, logits) < 1e-10
-        assert mp.off([grads[name] for name in expected], list(expected.values())) < 1e-10
+        model, example, logits, expected = case(seed)
+        grads, got, _ = mp.pass_both_ways(0, mp.World(1), model, example)
+        assert mp.off(got, logits) < 1e-10 and mp.off(grads, expected) < 1e-10
 
 
-@pytest.fixture(scope="module")
-def devices():
-    pool = mp.Devices(4)
-    yield pool
-    pool.close()
-
-
-def test_tensor_parallel_against_torch(devices):
-    for seed in range(CASES):
-        p = (2, 4)[seed % 2]
-        weights, example, logits, expected = case(1000 + seed)
-        results, _ = devices.run(mp.pass_both_ways, [
-            (mp.shard(weights, rank, p), example) for rank in range(p)])
-        for rank, (grads, got, _) in enumerate(results):
-            wanted = mp.shard(expected, rank, p)
+@pytest.mark.parametrize("p", [2, 4])
+def test_tensor_parallel_against_torch(p):
+    cases = [case(1000 * p + seed) for seed in range(CASES // 2)]
+    parts = [[(mp.shard(model, rank, p), example) for model, example, _, _ in cases] for rank in range(p)]
+    results, _ = mp.on_ranks(many, [(mp.pass_both_ways, part) for part in parts])
+    for rank, answers in enumerate(results):
+        for ((grads, got, _), count), (model, _, logits, expected) in zip(answers, cases):
             assert mp.off(got, logits) < 1e-10
-            assert mp.off([grads[name] for name in wanted], list(wanted.values())) < 1e-10
+            assert mp.off(grads, mp.shard(expected, rank, p)) < 1e-10
+            assert count["forward"] == count["backward"] == 2 * len(model)
 
 
-def test_pipeline_against_torch(devices):
-    for seed in range(CASES):
-        rng = random.Random(seed)
-        p, m, kind = rng.randint(1, 4), rng.randint(1, 4), rng.choice(["gpipe", "1f1b"])
-        weights, examples = mp.new_model(rng, 4), [mp.new_example(rng) for _ in range(m)]
-        w = tensors(weights)
-        logits = torch_forward_batch(w, examples)
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([t for _, ts in examples for t in ts]))
-        loss.backward()
-        expected = gradients(w)
-        results, _ = devices.run(mp.run_stage, [
-            (mp.stage_of(weights, stage, p), examples, kind) for stage in range(p)])
-        for stage, (grads, _, _) in enumerate(results):
-            wanted = mp.stage_of(expected, stage, p)
-            assert grads.keys() == wanted.keys()
-            assert mp.off([grads[name] for name in wanted], list(wanted.values())) < 1e-10
+def torch_batch(model, examples):
+    """The gradients of the mean loss of all examples."""
+    w = tensors(model)
+    logits = torch.cat([torch_forward(w, xs) for xs, _ in examples])
+    targets = torch.tensor([target for _, targets in examples for target in targets])
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+    return gradients(w)
 
 
-def torch_forward_batch(w, examples):
-    return torch.cat([torch_forward(w, tokens) for tokens, _ in examples])
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_pipeline_against_torch(p):
+    cases = []
+    for seed in range(CASES // 4):
+        rng = random.Random(100 * p + seed)
+        model = mp.new_model(rng, rng.randint(p, 4))
+        examples = [mp.new_example(rng) for _ in range(rng.randint(1, 5))]
+        cases.append((model, examples, rng.choice(["gpipe", "1f1b"])))
+    stages = [[(mp.chunk(model, stage, p), examples, kind) for model, examples, kind in cases]
+              for stage in range(p)]
+    results, _ = mp.on_ranks(many, [(mp.run_stage, part) for part in stages])
+    for i, (model, examples, _) in enumerate(cases):
+        found = sum((answers[i][0][0] for answers in results), [])
+        assert mp.off(found, torch_batch(model, examples)) < 1e-10
 
 
 def gloo_rank(rank, p, path, vectors, queue):
