@@ -475,7 +475,7 @@ def show_pipeline(rng, p=4, m=8):
 # 6. The bugs people ship --------------------------------------------------------------------------
 # Three wrong results without an error, and a deadlock. A layer relu(W x + b) cut by its inputs
 # leaves a summand on each rank. If all add b, it counts p times; a sum of relus is not the relu of
-# a sum, so Megatron cuts the first matrix the other way. A replicated weight has its gradient in parts.
+# a sum, so Megatron cuts the first matrix otherwise. A replicated weight has its gradient in parts.
 def cut_by_inputs(rank, world, weight, bias, xs):
     """Matrix and xs cut by inputs, one part on each rank -> {bug: (outputs with it, without)}."""
     part = [chunk(row, rank, world.size) for row in weight]
