@@ -489,11 +489,12 @@ def wrong_repeat(rng, n_heads=8):
     return rows
 
 def wide_window(layer, xs, window=4):
-    right = layer._replace(window=window).run(xs)
-    wrong = layer._replace(window=window + 1).run(xs)
+    right, wrong = (layer._replace(window=n).run(xs) for n in (window, window + 1))
     differ = [i for i in range(len(xs)) if right[i] != wrong[i]]
     check("a window one too wide: wrong once it is full", differ == list(range(window, len(xs))))
-    return [[f"window {window + 1} for {window}", f"wrong outputs of {len(xs)}", 0, len(differ)]]
+    sizes = [reach([layer._replace(window=n)], xs) for n in (window, window + 1)]
+    seen = [sum(size > 0.0 for size in row) for row in sizes]
+    return [[f"window {window + 1} for {window}", "positions that the last one sees", *seen]]
 
 def show_bugs(layer, xs, rng):
     """Each mistake beside the correct version, by the symptom that gives it away."""

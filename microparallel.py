@@ -17,7 +17,7 @@ comes in pieces (pipeline parallelism). The devices here are processes, connecte
   6. The bugs people ship  a sum too late, too often, not at all, or in the wrong order
   7. The real world        Llama-3.1 on eight devices, and which way of cutting it is faster
 """
-import argparse, array, codecs, contextlib, gc, os, random, signal, sys, time, timeit
+import argparse, array, codecs, contextlib, gc, os, random, signal, sys, threading, time, timeit
 import multiprocessing.resource_tracker
 from collections import defaultdict, namedtuple
 from itertools import combinations
@@ -174,7 +174,6 @@ def new_model(rng, n_layers, d=D_MODEL):
     def rows(n): return [[rng.gauss(0.0, 0.5 * d ** -0.5) for _ in range(d)] for _ in range(n)]
     def layer(): return [[rows(d) for _ in range(4)], [rows(4 * d), rows(4 * d)], rows(1)[0]]
     return [layer() for _ in range(n_layers)]
-
 def new_example(rng):
     tokens = [rng.randrange(D_MODEL) for _ in range(SEQ_LEN)]
     vectors = [[float(i == token) for i in range(D_MODEL)] for token in tokens]
@@ -204,7 +203,6 @@ def send(world, peer, vector, kind):
     message = array.array("d", vector).tobytes()
     COUNT["bytes " + kind] += len(message)                   # every byte that is sent
     world.pipes[peer % world.size].send_bytes(message)
-
 def receive(world, peer, kind):
     pipe = world.pipes[peer % world.size]
     if pipe.poll(world.patience): return list(array.array("d", pipe.recv_bytes()))
@@ -260,6 +258,10 @@ def naive_all_reduce(rank, world, vector, kind="naive all-reduce"):
 # terminal, unless they block it, and that is inherited: so the parent does while it starts them.
 def worker(job, rank, world, arguments):
     """The life of a process: do the job, send a failure, or the result and what it counted."""
+    def end_with_parent():               # even if that is killed while this rank waits in a send
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     parent, failure, result = world.pipes["parent"], "", None
     try: result = job(rank, world, *arguments)
     except (EOFError, ConnectionError): failure = "lost its peer"
@@ -349,7 +351,6 @@ def enter(rank, world, xs):
     copy = each(lambda x: x + 0.0, xs)   # xs also goes around the layer; that is no summand
     TAPE.append(GradientSum(rank, world, leaves(copy)))
     return copy
-
 def leave(rank, world, ys):
     """ys [n][d_model], summands -> their sum, replicated: all-reduce forward. Megatron's g."""
     if world.size == 1: return ys
@@ -427,7 +428,6 @@ def stage_forward(model, received, targets):
     if targets: outputs = mean_loss(outputs, targets)        # the last stage
     tape, TAPE[:] = TAPE[:], []          # put away until the derivatives arrive
     return inputs, leaves(outputs), tape
-
 def stage_backward(inputs, outputs, tape, received):
     TAPE.extend(tape)
     dot(outputs, received).backward()    # received: d loss / d outputs

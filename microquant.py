@@ -252,7 +252,6 @@ class GPT:
                   in zip(self.run(name[:-1], KVCache(self.n_layers)), name[1:])]
         return dot(losses, [1.0 / len(losses)] * len(losses))
 # <<< shared: gpt
-
 def with_weights(model, matrices):
     """The same model with some matrices replaced: one forward pass serves all formats."""
     twin = copy(model)
@@ -444,9 +443,9 @@ def show_blocks(weights):
 
 # 6. Integer arithmetic ----------------------------------------------------------------------------
 # Weight-only, W4A16, saves memory: codes become floats before they meet inputs of 16 bits. W8A8
-# rounds the inputs too, by one scale for all, and multiplies codes: Σ (s_x q_x)(s_w q_w) =
-# s_x s_w Σ q_x q_w, a sum of integers, scaled once. We watch one layer, `up`. To learn what comes
-# into a layer, put another function under the name by which all layers multiply: linear().
+# rounds the inputs too, by one scale for all, and multiplies codes: Σ (s_x q_x)(s_w q_w) = s_x s_w
+# Σ q_x q_w, a sum of integers, scaled once. We watch one layer, `up`. To learn its inputs, put
+# another function under the name by which all layers multiply: linear().
 matmul = linear                          # under a name that is never replaced
 def w4a16(xs, weight): return matmul(xs, dequantize_rows(quantize_rows(weight, 4)))
 def output_error(xs, weight, other): return difference(matmul(xs, weight), matmul(xs, other))
@@ -473,18 +472,20 @@ def w8a8(xs, weight, accumulator=32):
              for total, (_, row_scale, _) in zip(totals, rows)] for totals in sums]
 
 def show_integers(up, xs):
-    """Bytes, multiplications, errors of three ways -> {scheme: (products, scalings)}."""
+    """Bytes, multiplications, errors of three ways -> {scheme: (products, scalings, bytes)}."""
     m, n, k, found, rows = len(up), len(xs), len(xs[0]), {}, []
-    for name, multiply, n_bytes in (("FP16: floats", matmul, 2 * m * k),
-                                    ("W4A16: floats", w4a16, m * k // 2 + 2 * m),
-                                    ("W8A8: integers", w8a8, m * k + 2 * m)):
+    def stored(bits): return sum(2 + len(pack(row, bits)) for row, _, _ in quantize_rows(up, bits))
+    for name, multiply, n_bytes in (("FP16: floats", matmul, 2 * m * k),     # a scale is 2 bytes
+                                    ("W4A16: floats", w4a16, stored(4)),
+                                    ("W8A8: integers", w8a8, stored(8))):
         COUNT.clear()
         ys = multiply(xs, up)
-        found[name] = COUNT["multiply-adds"], COUNT["scalings"]
-        rows.append([name, f"{difference(matmul(xs, up), ys):.2%}", n_bytes, *found[name]])
-    table([f"`up` x {n} inputs", "output error", "weight bytes", "products", "scalings"], *rows)
-    formula = [(n * m * k, 0), (n * m * k, m * k), (n * m * k, n * m)]
-    check("products and scalings counted = formula", list(found.values()) == formula)
+        found[name] = COUNT["multiply-adds"], COUNT["scalings"], n_bytes
+        rows.append([name, f"{difference(matmul(xs, up), ys):.2%}", *found[name]])
+    table([f"`up` x {n} inputs", "output error", "products", "scalings", "weight bytes"], *rows)
+    formula = [(n * m * k, 0, 2 * m * k), (n * m * k, m * k, m * k // 2 + 2 * m),
+               (n * m * k, n * m, m * k + 2 * m)]
+    check("products, scalings, bytes counted = formula", list(found.values()) == formula)
     check("no sum overflows int32", COUNT["overflows"] == 0)
     rounded = chunks(dequantize(*quantize(sum(xs, []), 8)), k)
     exact = matmul(rounded, dequantize_rows(quantize_rows(up, 8)))
@@ -616,9 +617,8 @@ def show_bugs(up, inputs, unseen):
     return found
 
 # 10. The real world -------------------------------------------------------------------------------
-# A device reads every weight for every token that it writes: bandwidth / bytes is a ceiling on
-# tokens per second, if the weights fit at all. Caches and activations come on top.
-# Public config files and vendor data sheets: weights; bytes/s and bytes of memory.
+# Every token reads all weights: bandwidth / bytes is a ceiling on tokens per second, if they fit at
+# all; caches come on top. Public config files, vendor data sheets: weights; bytes/s and bytes.
 MODELS = {"Llama-3-8B": 8.03e9, "Llama-3.1-70B": 70.6e9, "Llama-3.1-405B": 405e9}
 DEVICES = {"RTX 4090, 24 GB": (1.008e12, 24e9), "H100, 80 GB": (3.35e12, 80e9)}
 

@@ -302,7 +302,7 @@ def test_exhibits(seed, measured):
     assert [right for right, _ in errors] == [0.0] * 4
     assert [wrong > 0.1 for _, wrong in errors] == [False, True, True, False]
     assert errors[0][1] == errors[3][1] == 0.0
-    assert bugs["window 5 for 4", "wrong outputs of 10"] == (0, 6)
+    assert bugs["window 5 for 4", "positions that the last one sees"] == (4, 5)
 
 
 @pytest.mark.parametrize("seed", [42, 0, 1])

@@ -470,6 +470,26 @@ def test_no_process_outlives_its_parent(number, delay):
     assert wait_for(lambda: not processes(marker), 10), processes(marker)
 
 
+def send_to_one_who_sleeps(rank, world):
+    if rank == 0:
+        mp.send(world, 1, [0.0] * 10 ** 6, "a test")         # more than a pipe holds
+    time.sleep(600)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rank_in_a_send_does_not_outlive_its_parent(number):
+    marker = f"send {os.getpid()} {number}"
+    code = "import test_microparallel as t; t.mp.on_ranks(t.send_to_one_who_sleeps, [()] * 2)"
+    environment = {**os.environ, "MARKER": marker, "PYTHONDONTWRITEBYTECODE": "1",
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        assert wait_for(lambda: len(children(process.pid)) == 2)
+        time.sleep(2.0)                  # they have begun
+        process.send_signal(number)
+    assert wait_for(lambda: not processes(marker), 10), processes(marker)
+
+
 @needs_proc
 def test_a_worker_killed_in_the_middle_of_the_story():
     marker = f"worker {os.getpid()}"
