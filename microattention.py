@@ -481,7 +481,7 @@ def wrong_repeat(rng, n_heads=8):
         gqa = attention(queries, keys, values)
         right = attention(queries, interleaved(keys, n), interleaved(values, n))
         wrong = attention(queries, keys * n, values * n)
-        rows.append(["repeat, not interleaved", f"output error, {n_kv_heads} kv heads",
+        rows.append(["repeat, not interleaved", f"output error, kv heads: {n_kv_heads}",
                      distance(right, gqa), distance(wrong, gqa)])
     check("MQA and GQA = MHA with each kv head repeated in place", not any(row[2] for row in rows))
     check("repeat for repeat_interleave: wrong in GQA, right in MQA and MHA",

@@ -300,8 +300,7 @@ def top_k(probs, k):
     """Keep the k most probable tokens, and what ties with the last; k may exceed the vocabulary."""
     require_probabilities(probs)
     if not (k >= 1 and k % 1 == 0): raise ValueError(f"top-k {k}, must be 1, 2, 3, ...")
-    falling = sorted(probs, reverse=True)
-    return keep(probs, falling[min(int(k), len(probs)) - 1])
+    return keep(probs, sorted(probs, reverse=True)[min(int(k), len(probs)) - 1])
 
 def top_p(probs, p):
     """Keep the fewest tokens of mass p or more, and ties with the last. Holtzman, section 3.1."""
@@ -421,6 +420,7 @@ def show_curse(model, vocabulary, mode, rng):
     text = "".join(vocabulary[token] for token in mode[0])
     drawn = {"samples": [sample(model, PLAIN, rng) for _ in range(200)], f"mode {text!r}": [mode]}
     points = {kind: [(len(x) - 1, log_p) for x, log_p in drawn[kind]] for kind in drawn}
+    print()
     plot("log P of whole names, in nats, over their letters", points, height=8)
 
 # 5. Sampling quality ------------------------------------------------------------------------------
@@ -443,6 +443,7 @@ def show_quality(model, names, rng, n=150):
     table(["rule", "mean log P, nats", "distinct", "memorised", "lengths"], *(
         [f"{kind} {strength}", f"{log_p:.2f}", *(f"{share:.1%}" for share in shares)]
         for (kind, strength), (log_p, *shares) in results.items()))
+    print()
     plot("mean log P, in nats, over the share of distinct names in %", curves, height=8)
     return results
 
@@ -606,8 +607,7 @@ def show_bugs(target, draft, contexts):  # -> {bug: its bias in every context}
 
 def show_unfair_beam(found):
     """By raw sums a short text that ended beats all that go on, which the penalty is to prevent."""
-    def scores(penalty): return [normalised(x, len(name), 1.0) for name, x in found[16, penalty]]
-    fair, raw = scores(1.0), scores(0.0)
+    fair, raw = ([normalised(x, len(name), 1.0) for name, x in found[16, n]] for n in (1.0, 0.0))
     worse = sum(map(float.__lt__, raw, fair))
     print(f"  a beam of 16 by raw sums: worse normalised score after {worse} of {len(raw)} starts")
     check("a beam by raw sums finds no better score", all(map(float.__ge__, fair, raw)))

@@ -412,7 +412,7 @@ def show_revolve(network):
     return frontier
 
 # 6. Training --------------------------------------------------------------------------------------
-def fit(network, strategy, dropout, seed, steps=12, rate=0.2):
+def fit(network, strategy, dropout, seed, steps=24, rate=0.2):
     """Gradient descent -> the losses."""
     layers, x, target = network
     rng, losses = random.Random(seed), []
@@ -427,7 +427,7 @@ def show_training(rng):
     """Loss curves with and without checkpoints, with and without dropout -> the curves."""
     network, seed = random_network(16, 4, rng), rng.random()
     curves, same = {}, True
-    for dropout in (0.0, 0.2):
+    for dropout in (0.0, 0.1):
         kept, forgot = (fit(network, [name], dropout, seed) for name in ("keep", "sqrt"))
         same = same and kept == forgot
         curves[f"dropout {dropout}"] = list(enumerate(forgot))

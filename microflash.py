@@ -161,7 +161,7 @@ class FastMemory:
         """Take rows in as a tile -> the tile; MemoryError if there is no room."""
         self.tiles.append(rows)
         used = sum(map(size, self.tiles))
-        if used > self.capacity: raise MemoryError(f"{used} numbers do not fit {self.capacity}")
+        if used > self.capacity: raise MemoryError(f"{used:,} numbers do not fit {self.capacity:,}")
         return rows
 
     def load(self, block, *matrices, first=0):

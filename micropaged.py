@@ -634,7 +634,7 @@ def show_real_world(block_size=16, mean=1000, users=1000, system=2048):
     for device, memory in MEMORY.items():
         n = int((memory - 2 * N_WEIGHTS) // (block_size * token))
         rows.append([device, n, n * block_size // CONTEXT, n // ceil(mean / block_size)])
-    table(["Llama-3-8B on", "blocks", f"users, {CONTEXT} reserved", f"users, {mean} used"], *rows)
+    table(["Llama-3-8B", "blocks", f"users, {CONTEXT:,} reserved", f"users, {mean:,} used"], *rows)
     print(f"\n  blocks of {block_size} waste at most {(block_size - 1) * token / 2 ** 20:.2f} MiB "
           f"a request; tables add {4 / block_size / token:.1e}\n  {system:,} tokens for {users:,} "
           f"users: {users * system * token / 1e9:.0f} GB, shared {system * token / 1e9:.2f} GB")

@@ -11,7 +11,7 @@ the speed. The art is to keep one large number from setting the scale of all the
   1. Autograd              derivatives of everything, in fifty lines
   2. Data and model        a tiny GPT learns to write names
   3. One number, one row   scale, zero-point, error; 6 dB for every bit
-  4. Granularity           how many weights share a scale: loss against bytes
+  4. Granularity           how many weights share a scale: its price in nats and in bytes
   5. Real formats          llama.cpp's Q8_0 and Q4_0, byte for byte
   6. Integer arithmetic    multiply the codes, rescale once at the end
   7. Outliers              one large feature ruins the rest; two ways out
@@ -128,7 +128,6 @@ def train(parameters, loss_at, steps, rate):
 # <<< shared: autograd
 
 def show_autograd(h=1e-5):
-    """A derivative by backward() beside the slope between two evaluations of the function."""
     def loss(w): return cross_entropy([w, w * -2.0, w * w], 0)
     weight, slope = Value(0.3), (loss(0.3 + h) - loss(0.3 - h)) / (2.0 * h)
     loss(weight).backward()
@@ -138,7 +137,9 @@ def show_autograd(h=1e-5):
 # 2. Data and model --------------------------------------------------------------------------------
 # microkv.py explains this model: two look-up tables, `token` and `position`, and seven matrices
 # that linear() multiplies by. Rounding has no slope, so we train in floats and round afterwards, in
-# many ways. The loss on names that the model has not seen tells what each way costs.
+# many ways. What does a way cost? The loss on names held out can fall by luck: rounding makes some
+# letters likelier, and others less so. The divergence from the full model's predictions p, KL =
+# Σ p log(p / q), counts every change: it is what rounding adds to the loss if p draws the letters.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
@@ -252,14 +253,22 @@ class GPT:
                   in zip(self.run(name[:-1], KVCache(self.n_layers)), name[1:])]
         return dot(losses, [1.0 / len(losses)] * len(losses))
 # <<< shared: gpt
-def with_weights(model, matrices):
-    """The same model with some matrices replaced: one forward pass serves all formats."""
+def with_weights(model, matrices):       # the same forward pass serves all formats
     twin = copy(model)
     twin.weights = model.weights | matrices
     return twin
 
-def show_model(vocabulary, names, held_out, rng, n_steps=200):
-    """Train the tiny GPT -> (the model with float weights, its loss on the names held out)."""
+def predictions(model, names):           # the probabilities of what comes after every letter
+    rows = [model.run(name[:-1], KVCache(model.n_layers)) for name in names]
+    return list(map(softmax, sum(rows, [])))
+
+def judge(model, names, truth):          # -> (loss on the names, KL from truth)
+    found, letters = predictions(model, names), sum((name[1:] for name in names), [])
+    loss = sum(-log(q[letter]) for q, letter in zip(found, letters)) / len(letters)
+    kl = sum(p * log(p / q) for rows in zip(truth, found) for p, q in zip(*rows)) / len(letters)
+    return loss, kl
+
+def show_model(vocabulary, names, held_out, rng, n_steps=200):       # -> (model, loss held out)
     model = GPT(len(vocabulary), rng)
     train(model.parameters(), lambda i: model.loss([names[i % len(names)]]), n_steps, 0.01)
     model = model.frozen()
@@ -280,8 +289,7 @@ def quantize(values, bits, symmetric=True):
     if not values or not all(abs(value) < 1e300 for value in values) or not 2 <= bits <= 16:
         raise ValueError(f"{len(values)} values, {values[:3]} ..., have no codes of {bits} bits")
     low, high, top = min(*values, 0.0), max(*values, 0.0), 2 ** (bits - 1) - 1
-    if symmetric: scale = max(-low, high) / top
-    else: scale = (high - low) / (2 * top + 1)
+    scale = max(-low, high) / top if symmetric else (high - low) / (2 * top + 1)
     scale = max(scale, sys.float_info.min)                   # a row of zeros has one, too
     zero_point = 0 if symmetric else -top - 1 - round(low / scale)
     codes = [round(value / scale) + zero_point for value in values]
@@ -309,8 +317,7 @@ def show_codes(row):
         rows.append(["stands for", *decimals(dequantize(codes, scale, zero_point), 3)])
     table(*rows)
 
-def show_noise(rng, n=2000):
-    """Round Gaussian numbers -> {bits: signal-to-noise in decibels}."""
+def show_noise(rng, n=2000):             # -> {bits: signal-to-noise of Gaussian numbers}
     values, found, errors = [rng.gauss(0.0, 1.0) for _ in range(n)], {}, {}
     for bits in range(2, 9):
         codes, scale, _ = quantize(values, bits)
@@ -367,22 +374,22 @@ def compress(model, bits, symmetric=True, granularity="channel"):
         matrices[name] = chunks(decoded, n)
     return n_bytes, formula, with_weights(model, matrices)
 
-def show_granularity(model, held_out, loss):
-    """Every format and granularity -> {(bits, kind, granularity): (loss, bytes)}."""
+def show_granularity(model, held_out, truth, loss):          # -> {format: (loss, KL, bytes)}
     n, found, rows, exact = len(model.parameters()), {}, [], True
     curves = {"tensor": [], "channel": [], "group": []}
-    for bits, kind, granularity in product((8, 4, 3, 2), ("symmetric", "asymmetric"), curves):
-        size, formula, small = compress(model, bits, kind == "symmetric", granularity)
-        after = small.loss(held_out)
+    for bits, kind, per in product((8, 4, 3, 2), ("symmetric", "asymmetric"), curves):
+        size, formula, small = compress(model, bits, kind == "symmetric", per)
+        after, kl = judge(small, held_out, truth)
         errors = [abs(a - b) for a, b in zip(model.parameters(), small.parameters())]
-        rows.append([f"INT{bits}, {kind}, {granularity}", f"{after:.4f}", f"{after - loss:+.4f}",
-                     *decimals([max(errors), sum(errors) / n]), size, f"{8 * size / n:.2f}"])
-        found[bits, kind, granularity] = after, size
-        curves[granularity].append((size, after))
+        row = f"{after:.4f} {after - loss:+.4f} {kl:.6f} {max(errors):.4f} {sum(errors) / n:.4f}"
+        rows.append([f"INT{bits}, {kind}, {per}", *row.split(), size, f"{8 * size / n:.2f}"])
+        found[bits, kind, per] = after, kl, size
+        curves[per].append((size, kl))
         exact = exact and size == formula
-    table(["a scale per", "loss", "added", "worst error", "mean", "bytes", "bits a weight"], *rows)
+    header = "a scale per", "loss", "added", "KL", "worst error", "mean", "bytes", "bits a weight"
+    table(header, *rows)
     print()
-    plot("loss over bytes (log)", curves | {"FP32": [(4 * n, loss)]}, log_x=True, height=7)
+    plot(f"KL over bytes (both log); FP32: 0, {4 * n:,} bytes", curves, True, True, height=9)
     check("bytes stored = bytes by formula, in every format", exact, f"{len(found)} formats")
     return found
 
@@ -430,8 +437,7 @@ def decode_q4_0(data):
     return [scale * (code - 8) for scale, *pairs in struct.iter_unpack("<e16B", data)
             for code in nibbles(pairs)]
 
-def show_blocks(weights):
-    """A matrix in both formats -> {format: bits per weight}."""
+def show_blocks(weights):                # -> {format: bits per weight}
     found, rows = {}, []
     formats = {"Q8_0": (encode_q8_0, decode_q8_0), "Q4_0": (encode_q4_0, decode_q4_0)}
     for name, (encode, decode) in formats.items():
@@ -444,8 +450,8 @@ def show_blocks(weights):
 # 6. Integer arithmetic ----------------------------------------------------------------------------
 # Weight-only, W4A16, saves memory: codes become floats before they meet inputs of 16 bits. W8A8
 # rounds the inputs too, by one scale for all, and multiplies codes: Σ (s_x q_x)(s_w q_w) = s_x s_w
-# Σ q_x q_w, a sum of integers, scaled once. We watch one layer, `up`. To learn its inputs, put
-# another function under the name by which all layers multiply: linear().
+# Σ q_x q_w, a sum of integers, scaled once. We watch one layer, `up`. All layers multiply by
+# linear(), so a function in its place sees their inputs.
 matmul = linear                          # under a name that is never replaced
 def w4a16(xs, weight): return matmul(xs, dequantize_rows(quantize_rows(weight, 4)))
 def output_error(xs, weight, other): return difference(matmul(xs, weight), matmul(xs, other))
@@ -471,8 +477,7 @@ def w8a8(xs, weight, accumulator=32):
     return [[signed(total, accumulator) * (scale * row_scale)
              for total, (_, row_scale, _) in zip(totals, rows)] for totals in sums]
 
-def show_integers(up, xs):
-    """Bytes, multiplications, errors of three ways -> {scheme: (products, scalings, bytes)}."""
+def show_integers(up, xs):               # -> {scheme: (products, scalings, bytes)}
     m, n, k, found, rows = len(up), len(xs), len(xs[0]), {}, []
     def stored(bits): return sum(2 + len(pack(row, bits)) for row, _, _ in quantize_rows(up, bits))
     for name, multiply, n_bytes in (("FP16: floats", matmul, 2 * m * k),     # a scale is 2 bytes
@@ -512,8 +517,7 @@ def smoothing(xs, weight):
     multiply its weights. By a power of two here, so that the full-precision product stays exact."""
     return [2.0 ** round(log2(x / w) / 2.0) for x, w in zip(largest(xs), largest(weight))]
 
-def show_outliers(up, inputs, unseen, rng, magnitude=60.0):
-    """Plant the outlier, run four schemes -> {scheme: output error}."""
+def show_outliers(up, inputs, unseen, rng, magnitude=60.0):          # -> {scheme: output error}
     grow, column = [1.0] * len(inputs[0]), rng.randrange(len(inputs[0]))
     grow[column] = magnitude / largest(inputs)[column]
     planted, weight = scaled(unseen, grow), divided(up, grow)
@@ -564,19 +568,18 @@ def gptq(weight, inputs, bits):
             errors.append(row[j] - scale * codes[j])
     return found
 
-def show_gptq(model, inputs, unseen, held_out):
-    """To nearest and by GPTQ -> {(bits, method): (calibration error, held-out error, loss)}."""
+def show_gptq(model, inputs, unseen, held_out, truth):       # -> {(bits, method): a row's numbers}
     def nearest(weight, xs, bits): return quantize_rows(weight, bits)
     up, found, rows = model.weights["up0"], {}, []
     for bits, method in product((4, 3, 2), (nearest, gptq)):
         rounded = {name: dequantize_rows(method(model.weights[name], xs, bits))
                    for name, xs in inputs.items()}
-        seen = output_error(inputs["up0"], up, rounded["up0"])
-        test = output_error(unseen["up0"], up, rounded["up0"])
-        loss = with_weights(model, rounded).loss(held_out)
-        found[bits, method.__name__] = seen, test, loss
-        rows.append([f"INT{bits}, {method.__name__}", f"{seen:.2%}", f"{test:.2%}", f"{loss:.4f}"])
-    table(["all layers rounded", "error of `up`, calibration", "held out", "loss"], *rows)
+        seen, test = (output_error(xs["up0"], up, rounded["up0"]) for xs in (inputs, unseen))
+        loss, kl = judge(with_weights(model, rounded), held_out, truth)
+        found[bits, method.__name__] = seen, test, loss, kl
+        row = f"{seen:.2%} {test:.2%} {loss:.4f} {kl:.6f}"
+        rows.append([f"INT{bits}, {method.__name__}", *row.split()])
+    table(["all layers rounded", "error of `up`, calibration", "held out", "loss", "KL"], *rows)
     better = found[3, "gptq"][0] / found[3, "nearest"][0]
     check("GPTQ beats nearest in 3 bits (calibration)", better < 1.0, f"{better:.0%} of it")
     return found
@@ -589,8 +592,7 @@ def lose_signs(up, xs):
     unsigned = [([code % 16 for code in codes], scale, 0) for codes, scale, _ in rows]
     return [output_error(xs, up, dequantize_rows(read)) for read in (unsigned, rows)]
 
-def sum_in(accumulator, up, xs):
-    """W8A8 with sums in so many bits -> (output error, share of the sums that overflow)."""
+def sum_in(accumulator, up, xs):         # W8A8 -> (output error, share of sums that overflow)
     COUNT.clear()
     error = difference(matmul(xs, up), w8a8(xs, up, accumulator))
     return error, COUNT["overflows"] / COUNT["scalings"]
@@ -603,8 +605,7 @@ def calibrate_on_test(up, inputs, test):
 def share_of_zeros(weights): return quantize(weights, 8)[0].count(0) / len(weights)
 def leave_out_zero(row): return (max(row) - min(row)) / 255, quantize(row, 8, symmetric=False)[1]
 
-def show_bugs(up, inputs, unseen):
-    """Each symptom beside the correct figure -> {symptom: (with the bug, correct)}."""
+def show_bugs(up, inputs, unseen):       # -> {symptom: (with the bug, correct)}
     narrow, wide = sum_in(16, up, unseen), sum_in(32, up, unseen)
     crushed = share_of_zeros([60.0, *sum(up, [])]), share_of_zeros(sum(up, []))
     found = {"INT4 unpacked without sign extension: output error": lose_signs(up, unseen),
@@ -622,8 +623,7 @@ def show_bugs(up, inputs, unseen):
 MODELS = {"Llama-3-8B": 8.03e9, "Llama-3.1-70B": 70.6e9, "Llama-3.1-405B": 405e9}
 DEVICES = {"RTX 4090, 24 GB": (1.008e12, 24e9), "H100, 80 GB": (3.35e12, 80e9)}
 
-def show_real_world(block_bits):
-    """Bytes of weights, and the ceiling on decoding where they fit -> {(model, format): bytes}."""
+def show_real_world(block_bits):         # -> {(model, format): bytes of weights}
     def speed(size, bandwidth, memory):
         return f"{bandwidth / size:,.0f}" if size < memory else f"({ceil(size / memory)} needed)"
     formats = {"FP16": 16.0, **block_bits, "INT3/128": 3 + 16 / 128, "INT2/128": 2 + 16 / 128}
@@ -735,14 +735,14 @@ def main(seed=42, names=None):
     section("1. Autograd", show_autograd)
     model, loss = section("2. Data and model", show_model, vocabulary, names, held_out, rng)
     inputs, unseen = layer_inputs(model, names[:16]), layer_inputs(model, held_out)
-    up = model.weights["up0"]
+    up, truth = model.weights["up0"], predictions(model, held_out)
     section("3. One number, one row", show_codes, up[0][:8])
     decibels = show_noise(rng)
-    formats = section("4. Granularity", show_granularity, model, held_out, loss)
+    formats = section("4. Granularity", show_granularity, model, held_out, truth, loss)
     block_bits = section("5. Real formats", show_blocks, sum(model.weights["down0"], []))
     products = section("6. Integer arithmetic", show_integers, up, unseen["up0"])
     outliers = section("7. Outliers", show_outliers, up, inputs["up0"], unseen["up0"], rng)
-    rounding = section("8. Better rounding", show_gptq, model, inputs, unseen, held_out)
+    rounding = section("8. Better rounding", show_gptq, model, inputs, unseen, held_out, truth)
     bugs = section("9. The bugs people ship", show_bugs, up, inputs["up0"], unseen["up0"])
     sizes = section("10. The real world", show_real_world, block_bits)
     return finish(started, loss=loss, decibels=decibels, formats=formats, block_bits=block_bits,

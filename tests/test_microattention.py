@@ -298,7 +298,7 @@ def test_exhibits(seed, measured):
     assert vanished < 0.8 * gradient
     right, wrong = bugs["mask after the softmax", "size of d output / d later keys"]
     assert right == 0.0 and wrong > 1e-3
-    errors = [bugs["repeat, not interleaved", f"output error, {n} kv heads"] for n in (1, 2, 4, 8)]
+    errors = [bugs["repeat, not interleaved", f"output error, kv heads: {n}"] for n in (1, 2, 4, 8)]
     assert [right for right, _ in errors] == [0.0] * 4
     assert [wrong > 0.1 for _, wrong in errors] == [False, True, True, False]
     assert errors[0][1] == errors[3][1] == 0.0

@@ -301,16 +301,46 @@ def test_key_figures(seed, measured):
         assert decibels[bits] - decibels[bits - 1] == pytest.approx(6.02, abs=1.0)
     loss, formats = result["loss"], result["formats"]
     assert loss < 2.8 and len(formats) == 24
-    assert all(abs(after - loss) < 0.02 for (bits, *_), (after, _) in formats.items() if bits == 8)
+    assert all(abs(after - loss) < 0.02 and kl < 1e-3 for (bits, *_), (after, kl, _) in formats.items()
+               if bits == 8)
     assert abs(formats[4, "symmetric", "channel"][0] - loss) < 0.1
     assert formats[2, "symmetric", "tensor"][0] > loss + 0.1
-    assert formats[4, "symmetric", "tensor"][1] == 4416 // 2 + 9 * 2
-    assert formats[8, "asymmetric", "tensor"][1] == 4416 + 9 * 3
-    assert formats[3, "asymmetric", "group"][1] == 4416 * 3 // 8 + 3 * 2 * 228        # 228 rows
+    assert formats[4, "symmetric", "tensor"][2] == 4416 // 2 + 9 * 2
+    assert formats[8, "asymmetric", "tensor"][2] == 4416 + 9 * 3
+    assert formats[3, "asymmetric", "group"][2] == 4416 * 3 // 8 + 3 * 2 * 228        # 228 rows
     assert result["block_bits"] == {"Q8_0": 8.5, "Q4_0": 4.5}
     assert result["sizes"]["Llama-3-8B", "Q4_0"] == pytest.approx(4.517e9, rel=1e-3)
     assert result["sizes"]["Llama-3.1-70B", "FP16"] == 141.2e9
     assert result["sizes"]["Llama-3.1-405B", "INT3/128"] == pytest.approx(405e9 * 3.125 / 8)
+
+
+@pytest.mark.parametrize("seed", [42])
+def test_divergence_rises_as_bits_go_and_as_more_weights_share_a_scale(seed, measured):
+    kl = {key: row[1] for key, row in measured("microquant", seed)["formats"].items()}
+    for kind in ("symmetric", "asymmetric"):
+        for per in ("tensor", "channel", "group"):
+            assert kl[8, kind, per] < kl[4, kind, per] < kl[3, kind, per] < kl[2, kind, per]
+        for bits in (4, 3, 2):
+            assert kl[bits, kind, "channel"] < kl[bits, kind, "tensor"]
+
+
+def test_judge():
+    """The loss is the model's; the divergence is 0 for itself, and else the excess of the loss if
+    the full model's predictions say how often each letter comes."""
+    model, names, rng = tiny(5)
+    truth = mq.predictions(model, names)
+    assert len(truth) == 25 and all(sum(row) == pytest.approx(1.0) for row in truth)
+    assert mq.judge(model, names, truth) == (pytest.approx(model.loss(names)), 0.0)
+    _, _, rounded = mq.compress(model, 2)
+    loss, kl = mq.judge(rounded, names, truth)
+    assert loss == pytest.approx(rounded.loss(names))
+    excess = 0.0
+    for name in names:
+        for end in range(1, len(name)):
+            p, q = (m.run(name[:end], mq.KVCache(1))[-1] for m in (model, rounded))
+            excess += sum(chance * (mq.cross_entropy(q, i) - mq.cross_entropy(p, i))
+                          for i, chance in enumerate(mq.softmax(p)))
+    assert kl == pytest.approx(excess / 25) and kl > 0.01
 
 
 @pytest.mark.parametrize("seed", [42])
@@ -324,13 +354,13 @@ def test_outlier_collapses_int8_and_both_ways_bring_it_back(seed, measured):
 def test_gptq_figures(seed, measured):
     result = measured("microquant", seed)
     rounding = result["rounding"]
-    losses = {loss for _, _, loss in rounding.values()}
+    losses = {loss for _, _, loss, _ in rounding.values()}
     assert len(losses) == 6 and result["loss"] not in losses
     assert all(abs(loss - result["loss"]) < 0.2 for loss in losses)
     for bits in (4, 3, 2):
-        seen, unseen, _ = rounding[bits, "nearest"]
-        gptq_seen, gptq_unseen, _ = rounding[bits, "gptq"]
-        assert gptq_seen < 0.8 * seen and gptq_unseen < 0.85 * unseen
+        seen, unseen, _, kl = rounding[bits, "nearest"]
+        gptq_seen, gptq_unseen, _, gptq_kl = rounding[bits, "gptq"]
+        assert gptq_seen < 0.8 * seen and gptq_unseen < 0.85 * unseen and gptq_kl < 0.6 * kl
         assert gptq_unseen > gptq_seen
 
 

@@ -121,3 +121,24 @@ def test_gptq_as_published(seed):
     bits = rng.choice([2, 3, 4, 8])
     found = mq.gptq(weight, inputs, bits)
     assert [codes for codes, _, _ in found] == published_gptq(weight, inputs, bits)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_loss_and_divergence(seed):
+    torch = pytest.importorskip("torch")
+    rng = random.Random(seed)
+    vocab_size, names = rng.randint(2, 9), []
+    for _ in range(rng.randint(1, 5)):
+        names.append([0, *(rng.randrange(vocab_size) for _ in range(rng.randint(0, 6))), 0])
+    full, other = (mq.GPT(vocab_size, rng, d_model=4).frozen() for _ in range(2))
+    for model in full, other:
+        for rows in model.weights.values():
+            rows[:] = mq.scaled(rows, [9.0] * len(rows[0]))
+    p, q = (torch.tensor([row for name in names for row in model.run(name[:-1], mq.KVCache(1))],
+                         dtype=torch.float64) for model in (full, other))
+    letters = torch.tensor([letter for name in names for letter in name[1:]])
+    loss = torch.nn.functional.cross_entropy(q, letters).item()
+    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True,
+                                    reduction="batchmean").item()
+    found = mq.judge(other, names, mq.predictions(full, names))
+    assert found == pytest.approx((loss, kl), rel=1e-9, abs=1e-12)
