@@ -307,11 +307,14 @@ def expected(strategy, n, k=None, slots=0):
 def peak_bytes(layers, x, target, strategy, k=None, slots=0):
     """The most memory that Python allocates at a time, beside weights and their Values."""
     cut, slots = strategy_cut(strategy, len(layers), k, slots)
-    reversal = Reversal(layers, target, cut)
-    tracemalloc.start()
+    reversal, collecting = Reversal(layers, target, cut), gc.isenabled()
+    gc.disable()
+    gc.collect()                         # or freed objects that Python keeps would be used again,
+    tracemalloc.start()                  # uncounted
     reversal.run(x, slots)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    if collecting: gc.enable()
     return peak
 
 def show_strategies(network):

@@ -1,4 +1,5 @@
 """microcheckpoint: equal gradients, counts equal to formulas, the optimum, the bugs."""
+import gc
 import math
 import random
 from functools import cache
@@ -162,6 +163,31 @@ def test_memory_is_what_it_is_called(seed, measured):
     best = results["best_k"]
     assert 0.5 <= best["bytes"] / best["bytes_formula"] <= 2.0
     assert list(results["held"].values()) == [16 * n + 1 for n in results["held"] for n in [int(n)]]
+
+
+def test_bytes_do_not_depend_on_the_collector_or_on_what_ran_before():
+    """Python keeps some freed objects to reuse them, which tracemalloc does not see."""
+    network = cp.random_network(16, 4, random.Random(0))
+    def sizes():
+        return [cp.peak_bytes(*network, strategy) for strategy in ("keep", "sqrt", "halve")]
+    sizes()                              # what is only built once
+    gc.collect()
+    expected, threshold = sizes(), gc.get_threshold()
+    freed = [[float(i), (i, i)] for i in range(3000)]
+    del freed
+    assert sizes() == pytest.approx(expected, rel=0.01)
+    try:
+        gc.set_threshold(3, 2, 2)
+        assert sizes() == pytest.approx(expected, rel=0.01)
+    finally:
+        gc.set_threshold(*threshold)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        assert sizes() == pytest.approx(expected, rel=0.01)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("arguments, message", [
