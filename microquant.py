@@ -138,8 +138,8 @@ def show_autograd(h=1e-5):
 # microkv.py explains this model: two look-up tables, `token` and `position`, and seven matrices
 # that linear() multiplies by. Rounding has no slope, so we train in floats and round afterwards, in
 # many ways. What does a way cost? The loss on names held out can fall by luck: rounding makes some
-# letters likelier, and others less so. The divergence from the full model's predictions p, KL =
-# Σ p log(p / q), counts every change: it is what rounding adds to the loss if p draws the letters.
+# letters likelier, and others less so. The divergence of its predictions q from the full model's p,
+# KL = Σ p log(p / q), counts every change: what rounding adds to the loss if p draws the letters.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
