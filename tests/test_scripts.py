@@ -135,6 +135,23 @@ def test_two_at_once(name, first_run):
 
 
 @every_script
+def test_one_seed_after_another(name, first_run):
+    """main() in a loop, as in a notebook: all checks hold, and nothing stays for the next run."""
+    code = f"""if True:
+        import contextlib, io
+        import {name} as script
+        for seed in 1, 42:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                results = script.main(seed=seed)
+            assert all(results["checks"].values()), out.getvalue()
+        print(out.getvalue(), end="")"""
+    run = subprocess.run([sys.executable, "-B", "-X", "utf8", "-c", code], cwd=ROOT,
+                         capture_output=True, text=True, encoding="utf-8")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert without_times(run.stdout) == without_times(first_run(name).out)
+
+
+@every_script
 def test_ascii_terminal_and_another_seed(name):
     """Also: python -O, and a home and working directory that do not exist or cannot be written."""
     run = run_script(name, "--seed", "7", flags=["-O"], cwd="/", HOME="/nonexistent",
