@@ -2,6 +2,7 @@
 import gc
 import math
 import random
+import sys
 from functools import cache
 
 import pytest
@@ -163,6 +164,21 @@ def test_memory_is_what_it_is_called(seed, measured):
     best = results["best_k"]
     assert 0.5 <= best["bytes"] / best["bytes_formula"] <= 2.0
     assert list(results["held"].values()) == [16 * n + 1 for n in results["held"] for n in [int(n)]]
+
+
+def test_bytes_hold_all_that_is_on_the_tape():
+    """Objects that Python reuses included; a fifth more is for what is not on the tape."""
+    layers, x, target = cp.random_network(16, 4, random.Random(0))
+    weights = {id(w) for layer in layers for row in layer for w in row}
+    y = x
+    for weight in layers:
+        y = cp.run_layer([list(map(cp.Value, row)) for row in weight], y, [1.0] * 4)
+    cp.squared_error(y, target)
+    parts = {id(part): part for node in cp.TAPE
+             for part in (node, node.data, node.inputs, node.partials, *node.partials)}
+    size = sum(sys.getsizeof(part) for key, part in parts.items() if key not in weights)
+    cp.TAPE.clear()
+    assert size < cp.peak_bytes(layers, x, target, "keep") < 1.3 * size
 
 
 def test_bytes_do_not_depend_on_the_collector_or_on_what_ran_before():
