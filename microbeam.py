@@ -160,11 +160,11 @@ thomas tina toby tom valeria vera veronica vincent william yasmin yuki yusuf zar
 BOUNDARY = 0                             # the token before and after every name, printed as "."
 
 def read_names(path):
-    """The names in a text file, one a line; ValueError or OSError if it will not do."""
+    """The different names in a text file, one a line; ValueError or OSError if it will not do."""
     lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = sorted({line.strip() for line in lines} - {""})
     longest, letters = max(names, key=len, default=""), set("".join(names))
-    if len(names) < 20: raise ValueError(f"only {len(names)} names, at least 20 are needed")
+    if len(names) < 20: raise ValueError(f"only {len(names)} different names, 20 are needed")
     if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")
     if len(letters) > 100: raise ValueError(f"{len(letters)} different characters, at most 100")
     return names
@@ -487,8 +487,8 @@ def speculate(target, draft, gamma, rule, rng, start=(BOUNDARY,)):
         accepted, token = speculative_step(p_rows, q_rows, drafted, rng)     # accept
         text += [*accepted, token]
         for cache in target_cache, draft_cache: cache.truncate(len(text) - 1)        # roll back
-    end = text.index(BOUNDARY, 1) + 1 if BOUNDARY in text[1:] else MAX_LEN + 1
-    return text[len(start):end]
+    end = [*text, BOUNDARY].index(BOUNDARY, 1) + 1           # the last round may have gone too far
+    return text[len(start):min(end, MAX_LEN + 1)]
 
 def outcomes(p, q, drafts, rest):
     """-> the chance of every token to be drafted (by `drafts`) and accepted; to be from `rest`."""
@@ -595,9 +595,9 @@ def show_bugs(target, draft, contexts):  # -> {bug: its bias in every context}
     pairs = [(probs_after(target, x, PLAIN), probs_after(draft, x, PLAIN)) for x in contexts]
     results = {"drafts greedily, tests by p/q": [drafts_greedily(p, q) for p, q in pairs],
                "redraws from p, not the residual": [redraws_from_p(p, q) for p, q in pairs],
-               "top-p, q rescaled after the test": [rescales_late(p, q) for p, q in pairs]}
-    results["cache not rolled back"] = [keeps_rejected(target, x) for x in contexts]
-    check("every bug biases the distribution", min(map(max, results.values())) > 1e-3)
+               "top-p, q rescaled after the test": [rescales_late(p, q) for p, q in pairs],
+               "cache not rolled back": [keeps_rejected(target, x) for x in contexts]}
+    check("the first two bugs bias every context", min(map(min, list(results.values())[:2])) > 1e-9)
     results["cache rolled back"] = right = [keeps_rejected(target, x, True) for x in contexts]
     check("cache rolled back: p as one by one", not any(right), f"{len(right)} contexts")
     table(["bug", "contexts", "biased", "total variation: mean", "largest"], *(

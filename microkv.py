@@ -178,11 +178,11 @@ thomas tina toby tom valeria vera veronica vincent william yasmin yuki yusuf zar
 BOUNDARY = 0                             # the token before and after every name, printed as "."
 
 def read_names(path):
-    """The names in a text file, one a line; ValueError or OSError if it will not do."""
+    """The different names in a text file, one a line; ValueError or OSError if it will not do."""
     lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = sorted({line.strip() for line in lines} - {""})
     longest, letters = max(names, key=len, default=""), set("".join(names))
-    if len(names) < 20: raise ValueError(f"only {len(names)} names, at least 20 are needed")
+    if len(names) < 20: raise ValueError(f"only {len(names)} different names, 20 are needed")
     if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")
     if len(letters) > 100: raise ValueError(f"{len(letters)} different characters, at most 100")
     return names

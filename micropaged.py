@@ -154,11 +154,11 @@ thomas tina toby tom valeria vera veronica vincent william yasmin yuki yusuf zar
 BOUNDARY = 0                             # the token before and after every name, printed as "."
 
 def read_names(path):
-    """The names in a text file, one a line; ValueError or OSError if it will not do."""
+    """The different names in a text file, one a line; ValueError or OSError if it will not do."""
     lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = sorted({line.strip() for line in lines} - {""})
     longest, letters = max(names, key=len, default=""), set("".join(names))
-    if len(names) < 20: raise ValueError(f"only {len(names)} names, at least 20 are needed")
+    if len(names) < 20: raise ValueError(f"only {len(names)} different names, 20 are needed")
     if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")
     if len(letters) > 100: raise ValueError(f"{len(letters)} different characters, at most 100")
     return names
@@ -454,15 +454,15 @@ def likeliest(log_ps, logits, width=4):  # beam search: the most probable contin
 def show_sharing(model, prompt, rng, n_tokens=10, block_size=4):
     def sample(log_ps, logits):
         return [(i, rng.choices(range(len(row)), softmax(row))[0]) for i, row in enumerate(logits)]
-    rows, errors = [], []
+    rows, errors, (full, part) = [], [], divmod(len(prompt), block_size)
     for what, choose, n in ("samples", sample, 2), ("samples", sample, 8), ("beams", likeliest, 1):
         COUNT["copied"], pool = 0, BlockPool(99, block_size)
         texts = branch(model, pool, prompt, n_tokens, choose, n)
         errors += [error(model, *text) for text in texts]
         n, used = len(texts), pool.n_blocks - pool.n_free
         alone = n * ceil((len(prompt) + n_tokens) / block_size)
-        formula = alone - (n - 1) * (len(prompt) // block_size)      # the prompt's blocks, once
-        rows.append([f"{n} {what}", alone, used, formula, COUNT["copied"], n - 1])
+        formula = alone - (n - 1) * full     # the prompt's full blocks, once; one in part is copied
+        rows.append([f"{n} {what}", alone, used, formula, COUNT["copied"], (n - 1) * (part > 0)])
     print(f"  blocks in use for texts of {len(prompt)} + {n_tokens} tokens; formulas: for samples")
     table(["", "alone", "shared", "formula", "copied", "formula"], *rows)
     check("samples: blocks shared and copied = formula; beams: no more blocks shared than that",

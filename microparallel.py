@@ -510,7 +510,7 @@ def show_bugs(model, example, gradients_off):
 MODELS = {"70B": (80, 8192, 8, 128, 70.6e9), "405B": (126, 16384, 8, 128, 405e9)}    # config files
 PEAK, BANDWIDTH, LINKS = 989e12, 4.8e12, {"NVLink": 450e9, "InfiniBand": 50e9}   # FLOP/s, bytes/s
 def show_real_world(p=8, batch=64, context=8192, prompt=1024):
-    print("  a device's GB of weights; a token's KV, bytes sent in an all-reduce, share of decode;")
+    print("  GB and KV a token on a device; bytes sent a token and all-reduce, share of decode TP;")
     print(f"  ms on {p} H200: decode {batch} at {context:,}, prefill {p} prompts of {prompt:,}")
     rows, seconds = [], {}
     for model, (n_layers, d_model, n_kv_heads, head_dim, n_weights) in MODELS.items():

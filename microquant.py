@@ -138,8 +138,8 @@ def show_autograd(h=1e-5):
 # microkv.py explains this model: two look-up tables, `token` and `position`, and seven matrices
 # that linear() multiplies by. Rounding has no slope, so we train in floats and round afterwards, in
 # many ways. What does a way cost? The loss on names held out can fall by luck: rounding makes some
-# letters likelier, and others less so. The divergence of its predictions q from the full model's p,
-# KL = Σ p log(p / q), counts every change: what rounding adds to the loss if p draws the letters.
+# letters likelier, and others less so. The divergence of the rounded model's predictions q from the
+# full one's, p, KL = Σ p log(p / q), counts every change: what it adds to the loss if p draws them.
 # >>> shared: names (the same in every script that learns names)
 NAMES = """
 aaron abigail ada adam adrian agnes ahmed aisha alan albert alex ali alice amelia amina amir amy ana
@@ -160,11 +160,11 @@ thomas tina toby tom valeria vera veronica vincent william yasmin yuki yusuf zar
 BOUNDARY = 0                             # the token before and after every name, printed as "."
 
 def read_names(path):
-    """The names in a text file, one a line; ValueError or OSError if it will not do."""
+    """The different names in a text file, one a line; ValueError or OSError if it will not do."""
     lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = sorted({line.strip() for line in lines} - {""})
     longest, letters = max(names, key=len, default=""), set("".join(names))
-    if len(names) < 20: raise ValueError(f"only {len(names)} names, at least 20 are needed")
+    if len(names) < 20: raise ValueError(f"only {len(names)} different names, 20 are needed")
     if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")
     if len(letters) > 100: raise ValueError(f"{len(letters)} different characters, at most 100")
     return names
@@ -389,7 +389,7 @@ def show_granularity(model, held_out, truth, loss):          # -> {format: (loss
     header = "a scale per", "loss", "added", "KL", "worst error", "mean", "bytes", "bits a weight"
     table(header, *rows)
     print()
-    plot(f"KL over bytes (both log); FP32: 0, {4 * n:,} bytes", curves, True, True, height=9)
+    plot(f"KL over bytes (both log); FP32: 0 in {4 * n:,} bytes", curves, True, True, height=9)
     check("bytes stored = bytes by formula, in every format", exact, f"{len(found)} formats")
     return found
 

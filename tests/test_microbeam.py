@@ -346,6 +346,8 @@ def test_key_figures(seed, measured):
         assert gamma == 0 or 0.6 < alpha < 1.0 and alpha == pytest.approx(chance, abs=0.15)
     assert max(bugs["cache rolled back"]) == 0.0
     assert max(bugs["drafts greedily, tests by p/q"]) > 0.1 and max(bugs["cache not rolled back"]) > 0.01
+    assert max(bugs["redraws from p, not the residual"]) > 0.01
+    assert max(bugs["top-p, q rescaled after the test"]) > 0.01
     fair, raw = ([mb.normalised(score, len(name), 1.0) for name, score in found[16, penalty]]
                  for penalty in (1.0, 0.0))
     assert sum(fair) > sum(raw) + 0.1        # raw sums: a worse text is chosen
@@ -488,6 +490,19 @@ def test_no_text_is_longer_than_plain_decoding_would_make_it(seed):
     (target, draft), rng = models(seed)
     plain, fast = (mb.speculate(target, draft, gamma, mb.GREEDY, rng) for gamma in (0, 4))
     assert plain == fast and len(fast) <= mb.MAX_LEN
+
+
+@pytest.mark.parametrize("max_len", range(2, 9))
+def test_an_end_drawn_beyond_the_limit_does_not_lengthen_the_text(max_len, monkeypatch):
+    """Texts that end later than max_len: plain decoding stops there, and so must speculation."""
+    monkeypatch.setattr(mb, "MAX_LEN", max_len)
+    cut = 0
+    for seed in range(25):
+        (target, draft), rng = models(seed)
+        plain, fast = (mb.speculate(target, draft, gamma, mb.GREEDY, rng) for gamma in (0, 7))
+        assert plain == fast and len(fast) <= max_len
+        cut += plain[-1] != 0
+    assert cut > 0
 
 
 @pytest.mark.parametrize("gamma", [1, 3])

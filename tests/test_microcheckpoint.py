@@ -167,7 +167,7 @@ def test_memory_is_what_it_is_called(seed, measured):
 
 
 def test_bytes_hold_all_that_is_on_the_tape():
-    """Objects that Python reuses included; a fifth more is for what is not on the tape."""
+    """Objects that Python reuses included; up to a quarter more is for what is not on the tape."""
     layers, x, target = cp.random_network(16, 4, random.Random(0))
     weights = {id(w) for layer in layers for row in layer for w in row}
     y = x
@@ -178,7 +178,7 @@ def test_bytes_hold_all_that_is_on_the_tape():
              for part in (node, node.data, node.inputs, node.partials, *node.partials)}
     size = sum(sys.getsizeof(part) for key, part in parts.items() if key not in weights)
     cp.TAPE.clear()
-    assert size < cp.peak_bytes(layers, x, target, "keep") < 1.3 * size
+    assert size < cp.peak_bytes(layers, x, target, "keep") < 1.25 * size
 
 
 def test_bytes_do_not_depend_on_the_collector_or_on_what_ran_before():

@@ -286,6 +286,15 @@ def test_copy_on_write_copies_once_per_extra_fork():
     assert beams[0] == "4 beams" and beams[1] == 12 and beams[2] <= beams[3] == 9
 
 
+@pytest.mark.parametrize("n_prompt", [4, 5, 7, 8])
+def test_a_prompt_that_fills_its_blocks_is_not_copied(n_prompt, capsys):
+    model, rng = tiny(1)
+    paged.CHECKS.clear()
+    rows = paged.show_sharing(model, [1 + i % 4 for i in range(n_prompt)], rng, n_tokens=3)
+    assert [row[4] for row in rows[:2]] == ([1, 7] if n_prompt % 4 else [0, 0])
+    assert all(holds for _, holds, _ in paged.CHECKS), paged.CHECKS
+
+
 def test_pool_refuses_nonsense():
     for arguments in ((0, 4), (4, 0), (-1, 4)):
         with pytest.raises(ValueError, match="blocks of"):

@@ -188,10 +188,10 @@ def test_bad_arguments_get_one_clear_line(name, arguments):
 
 @pytest.mark.parametrize("name", TRAINS_ON_NAMES)
 @pytest.mark.parametrize("content", [
-    None, b"", b"\n \n\n", b"anna\nben\n", b"\xff\xfe\x00anna\n" * 30,
+    None, b"", b"\n \n\n", b"anna\nben\n", b"anna\nben\n" * 20, b"\xff\xfe\x00anna\n" * 30,
     b"\n".join(b"name%d" % i for i in range(30)) + b"\n" + b"x" * 400,
     "\n".join(chr(0x4e00 + i) for i in range(200)).encode()],
-    ids=["missing", "empty", "blank", "too few", "not UTF-8", "a long line", "too many characters"])
+    ids=["missing", "empty", "blank", "too few", "too few that differ", "not UTF-8", "a long line", "too many characters"])
 def test_bad_names_get_one_clear_line(name, content, tmp_path):
     path = tmp_path / "names.txt"
     if content is not None:
@@ -211,6 +211,18 @@ def test_names_of_the_user(name, tmp_path):
     run = run_script(name, "--names", str(path))
     assert run.code == 0, run.out[-1000:] + run.err
     assert checks(run.out)[1] == 0
+
+
+@pytest.mark.parametrize("name", TRAINS_ON_NAMES)
+@pytest.mark.parametrize("names", [
+    ["a" * n for n in range(1, 21)], [chr(97 + n) for n in range(20)],
+    ["n" + chr(97 + n) for n in range(20)], [chr(97 + n) * 20 for n in range(20)]],
+    ids=["one letter", "a letter each", "two letters each", "twenty letters each"])
+def test_names_of_extreme_lengths(name, names, tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(names), encoding="utf-8")
+    run = run_script(name, "--names", str(path))
+    assert run.code == 0, run.out[-1000:] + run.err
 
 
 @every_script
