@@ -162,7 +162,7 @@ BOUNDARY = 0                             # the token before and after every name
 def read_names(path):
     """The different names in a text file, one a line; ValueError or OSError if it will not do."""
     lines = Path(path).read_text("utf-8-sig").splitlines()
-    names = sorted({line.strip() for line in lines} - {""})
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     longest, letters = max(names, key=len, default=""), set("".join(names))
     if len(names) < 20: raise ValueError(f"only {len(names)} different names, 20 are needed")
     if len(longest) > 20: raise ValueError(f"over 20 characters in a line: {longest[:25]!r}...")

@@ -196,7 +196,8 @@ def test_tokenize_loses_no_name_and_holds_out_a_tenth():
 
 def test_read_names(tmp_path):
     path = tmp_path / "names"
-    path.write_bytes("\ufeffanna \r\n\r\n".encode() + b"".join(b"ben%d\n" % i for i in range(20)))
+    path.write_bytes("\ufeffanna \r\n\r\n".encode() + b"".join(b"ben%d\n" % i for i in range(20))
+                     + b"anna\nben7\n")
     assert kv.read_names(path) == ["anna"] + [f"ben{i}" for i in range(20)]
     with pytest.raises(OSError):
         kv.read_names(tmp_path / "missing")
